@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Task:
     """
 
     name: str
-    synthetic: ClassVar[bool] | bool = False
+    synthetic: bool = False
     input_shape: tuple[int, ...]
     num_classes: int
     num_train: int
