@@ -1,0 +1,28 @@
+"""Magnitude: score |W|, no data. The baseline of Wanda's code: one threshold per matrix, inclusive (spec section 4.2).
+
+``group: row`` compares inside a row instead, as the activation-aware scores do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from xutrain.methods.prune.base import ROLES, Expert, WeightMethod
+from xutrain.methods.prune.masks import Pattern, matrix_mask, row_mask
+from xutrain.registry import Named, method
+
+
+@method("prune", "magnitude", summary="drop the smallest weights of each matrix; looks at no data")
+class Magnitude(WeightMethod):
+    class Options(Named):
+        group: Literal["matrix", "row"] = Field("matrix", description="compare inside a whole matrix, or inside each output row")
+
+    def scores(self, expert: Expert, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {role: expert.matrix(role).abs() for role in ROLES}
+
+    def mask(self, score: Tensor, pattern: Pattern) -> Tensor:
+        return (matrix_mask if self.options.group == "matrix" else row_mask)(score, pattern)  # type: ignore[attr-defined]

@@ -1,0 +1,100 @@
+"""From scores to masks. A mask is bool, True where a weight is kept; every function is pure.
+
+Ties go to the lowest column index (a stable ascending sort), as in Wanda's code; arXiv:2410.12013, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xutrain.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How much of a matrix goes, and inside which group.
+
+    ``keep``/``of`` None: unstructured, the fraction ``sparsity`` of each group. Else ``keep`` of every ``of`` consecutive
+    inputs of a row stay (the hardware's reading of n:m: 2:4 keeps two of four, 1:4 keeps one of four).
+    """
+
+    sparsity: float = 0.5
+    keep: int | None = None
+    of: int | None = None
+
+    @classmethod
+    def parse(cls, text: str, sparsity: float = 0.5, where: str = "pattern") -> Pattern:
+        """``unstructured`` with a sparsity, or ``n:m``. Raises RecipeError for anything else."""
+        if text == "unstructured":
+            return cls(sparsity)
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if match is None or not 0 <= int(match[1]) <= int(match[2]) or int(match[2]) == 0:
+            raise RecipeError.at(where, "unstructured, or kept:group with kept <= group", value=text, hint='for example pattern: "2:4"')
+        keep, of = int(match[1]), int(match[2])
+        return cls(1 - keep / of, keep, of)
+
+    @property
+    def name(self) -> str:
+        return "unstructured" if self.of is None else f"{self.keep}:{self.of}"
+
+    def check(self, columns: int, where: str) -> None:
+        """Raises RecipeError when the groups of n:m do not fill a row of ``columns`` inputs."""
+        if self.of is not None and columns % self.of:
+            hint = f"choose a group size that divides {columns}, or pattern=unstructured"
+            raise RecipeError.at(
+                "pattern", f"{where} has {columns} inputs, which is not a multiple of {self.of}", value=self.name, hint=hint
+            )
+
+
+def row_mask(score: Tensor, pattern: Pattern) -> Tensor:
+    """Per row, all but the floor(d_in p) lowest scores; or n:m. ``score`` (rows, d_in) gives a bool mask of that shape."""
+    if pattern.of is not None:
+        return _nm_mask(score, pattern)
+    columns = score.shape[1]
+    drop = int(columns * pattern.sparsity + 1e-9)  # 0.1 * 30 is 3, not 2.999
+    mask = torch.ones_like(score, dtype=torch.bool)
+    if drop == 0:
+        return mask
+    if drop == columns:
+        return ~mask
+    # The drop-th smallest value of each row decides; a sort of the row is only needed to break ties.
+    threshold = torch.kthvalue(score, drop, dim=1, keepdim=True).values
+    mask = score > threshold
+    excess = mask.sum(1) - (columns - drop)  # rows where several weights equal the threshold keep too few
+    if not bool((excess == 0).all()):
+        tied = score == threshold
+        spare = (-excess).unsqueeze(1)  # how many of the tied ones stay: the last ones in column order
+        from_right = tied.flip(1).cumsum(1).flip(1)
+        mask |= tied & (from_right <= spare)
+    return mask
+
+
+def _nm_mask(score: Tensor, pattern: Pattern) -> Tensor:
+    assert pattern.keep is not None and pattern.of is not None
+    rows, columns = score.shape
+    pattern.check(columns, "a matrix")
+    order = score.view(rows, columns // pattern.of, pattern.of).argsort(dim=2, stable=True)
+    kept = torch.arange(pattern.of, device=score.device) >= pattern.of - pattern.keep
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, kept.expand_as(order)).view(rows, columns)
+
+
+def matrix_mask(score: Tensor, pattern: Pattern) -> Tensor:
+    """One threshold for the whole matrix: the value at sorted position int(numel p), inclusive, so that at least one weight
+    more than int(numel p) goes (Wanda's magnitude baseline). n:m as in ``row_mask``."""
+    if pattern.of is not None:
+        return _nm_mask(score, pattern)
+    drop = int(score.numel() * pattern.sparsity + 1e-9)
+    if drop == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    if drop >= score.numel():
+        return torch.zeros_like(score, dtype=torch.bool)
+    return score > torch.kthvalue(score.flatten(), drop + 1).values
+
+
+def sparsity(mask: Tensor) -> float:
+    """Fraction of weights that a mask drops."""
+    return 1 - float(mask.sum()) / mask.numel()

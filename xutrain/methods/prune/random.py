@@ -1,0 +1,26 @@
+"""Random: in every row a uniformly random subset of the right size. The floor that every score must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from xutrain.engine.rng import Key
+from xutrain.methods.prune.base import ROLES, Cut, Expert, WeightMethod
+from xutrain.methods.prune.masks import Pattern, row_mask
+from xutrain.registry import Named, method
+
+
+@method("prune", "random", summary="drop random weights of each row; the floor")
+class Random(WeightMethod):
+    class Options(Named):
+        pass
+
+    def cut(self, expert: Expert, sums: Mapping[str, Tensor], pattern: Pattern, key: Key) -> Cut:
+        masks = {}
+        for role in ROLES:
+            weight = expert.matrix(role)
+            draw = key.fold(stream=role).uniform(weight.numel()).view(weight.shape).to(weight.device)
+            masks[role] = row_mask(draw, pattern)
+        return Cut(masks)
