@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # imported where it is used: a party's process of `xutrain vertical` starts without torch
+    import torch
 
 _GOLDEN, _M1, _M2 = 0x9E3779B1, 0x21F0AAAD, 0x735A2D97
 _CHUNK = 1 << 16  # elements that stay in the cache while they are hashed
@@ -68,6 +71,8 @@ class Key:
 
     def uniform(self, n: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """``n`` float32 values in [0, 1) with 24 random bits each, shape (n,)."""
+        import torch
+
         if torch.device(device).type != "cpu":
             return _uniform_on(self.words, n, torch.device(device))
         words = self.bits(n)
@@ -78,6 +83,8 @@ class Key:
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A torch generator seeded from this key, for permutations, normal numbers and dropout."""
+        import torch
+
         return torch.Generator(device=device).manual_seed(self.integer)
 
     def numpy(self) -> np.random.Generator:
@@ -87,6 +94,8 @@ class Key:
 
 def _uniform_on(words: tuple[int, int], n: int, device: torch.device) -> torch.Tensor:
     """The same sequence computed on a device, in 64-bit arithmetic masked to 32 bits (torch has no uint32 product)."""
+    import torch
+
     low, high = words
     mask = 0xFFFFFFFF
     h = (torch.arange(n, device=device, dtype=torch.int64) * _GOLDEN + low) & mask
