@@ -1,0 +1,233 @@
+"""What a federated method answers, and the messages that cross between server and clients.
+
+A method is a state machine on flat vectors. It never sees a process, a file or a data loader, so the same file runs in
+one process, under torchrun, and between real sites; both states are plain dicts of tensors and scalars that a
+checkpoint can hold and a wire can carry.
+
+One round of `xutrain.loops.federated`, for a method ``m`` with server state S and client states C[k]:
+
+    round = m.configure(S, round)              hyper-parameters of this round; a search agent acts here
+    for exchange in range(m.exchanges):        1 for nearly all methods; Mime uses 2
+        replies = (m.step(C[k], m.plan(S, round, k, exchange), problem[k]) for k in round.clients)
+        m.merge(S, round, replies, exchange)
+    evaluate m.served(S, C[k])
+
+* ``plan`` makes what one client is sent: tensors and numbers (both counted on the wire, 32 bits a number) and the
+  hyper-parameters lr, steps and knobs that follow from the recipe (not counted). Every client gets its own copy: what a
+  client does to its plan reaches nobody else. A plan may hold several models under names of its own, and may give each
+  client another lr or number of steps.
+* ``step`` changes the client's state in place and returns its `Reply`: tensors and numbers (counted; a validation loss
+  that the algorithm needs belongs here) and measures (for the record only, not counted). The state survives rounds in
+  which the client is absent, and checkpoints.
+* ``merge`` receives the replies as a stream in ascending order of clients, each with its weight, and changes the server
+  state in place, *after* it has used up the stream (plans are made while the stream is read). Adding in this order is
+  what makes the result independent of the number of processes; a stream keeps one reply in memory at a time.
+* ``served`` is the model that client k would use; with ``personal`` the evaluation visits every client.
+* ``traffic`` is the closed form of what one taking-part client receives and sends in one round.
+
+A client asks its `Problem` for gradients; wrapping the problem changes the local objective (see ``proximal.py`` and
+``control.py``), so momentum, correction and fusion compose. ``value(holder, name)`` reads an option that a knob of
+this round may override: an agent that puts ``knobs={"beta": 0.5}`` into the round needs no change in the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from xutrain.registry import Named
+
+#: A server's or a client's state: tensors, scalars, strings, and dicts or lists of them.
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What is fixed for the whole run.
+
+    Attributes:
+        clients: number of clients K.
+        weights: p_k of every client, summing to 1.
+        partial: some rounds leave clients out, so a client cannot rely on having seen the previous model.
+        seed: seed of the run, for methods that draw numbers (through `engine.rng.Key`).
+        names: name, start and stop of each parameter in the flat vector, for methods that treat layers differently.
+    """
+
+    clients: int
+    weights: tuple[float, ...]
+    partial: bool = False
+    seed: int = 0
+    names: tuple[tuple[str, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Round:
+    """The configuration of one round.
+
+    Attributes:
+        index: 0, 1, 2, ...
+        lr: local learning rate eta_r.
+        clients: who takes part, ascending.
+        steps: local steps P_k of each of them.
+        weights: p_k of each of them, summing to 1.
+        knobs: options of the method that this round overrides.
+    """
+
+    index: int
+    lr: float
+    clients: tuple[int, ...]
+    steps: tuple[int, ...]
+    weights: tuple[float, ...]
+    knobs: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def mean_steps(self) -> float:
+        """Sum of p_k P_k; exactly P when all clients do P steps."""
+        if len(set(self.steps)) == 1:
+            return float(self.steps[0])
+        return sum(w * p for w, p in zip(self.weights, self.steps, strict=True))
+
+    def place(self, client: int) -> int:
+        """Position of ``client`` among those that take part."""
+        return self.clients.index(client)
+
+
+@dataclass
+class Plan:
+    """What one client is asked in one exchange of one round."""
+
+    client: int
+    round: int
+    lr: float
+    steps: int
+    mean_steps: float
+    exchange: int = 0
+    knobs: dict[str, float] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def copy(self) -> Plan:
+        """A plan that shares nothing with this one, as a message that crossed a wire would."""
+        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return replace(self, knobs=dict(self.knobs), tensors=tensors, numbers=dict(self.numbers))
+
+
+@dataclass
+class Reply:
+    """What one client answers. ``client`` and ``weight`` (p_k of this round) are filled in by the loop."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+    measures: dict[str, float] = field(default_factory=dict)
+    client: int = -1
+    weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Numbers (of 32 bits) that one taking-part client receives and sends in one round, per part."""
+
+    down: dict[str, int]
+    up: dict[str, int]
+
+
+class Problem(Protocol):
+    """What a client knows: its own data and loss. Vectors are flat, of the model's number of parameters."""
+
+    def gradient(self, point: Tensor, step: int) -> Tensor:
+        """Gradient at ``point`` on the minibatch of local step ``step`` of this round; owned by the caller until the next call."""
+        ...
+
+    def full_gradient(self, point: Tensor) -> Tensor:
+        """Gradient at ``point`` of the mean loss over all the client's samples; leaves running statistics as they were."""
+        ...
+
+    def evaluate(self, point: Tensor, split: str = "val") -> dict[str, float]:
+        """Metrics of ``point`` on the client's own held-out samples."""
+        ...
+
+
+class FederatedMethod:
+    """Base of all federated methods: plain averaging of models, one exchange a round, nothing kept by clients.
+
+    Class attributes:
+        exchanges: how many times server and clients talk in one round.
+        personal: every client is served by a model of its own.
+        pooled: one client holds the union of all data (the central reference).
+        silent: clients and server do not talk; nothing is counted.
+        own_steps: clients may do different numbers of local steps.
+        tolerant: replies that are not finite are passed to ``merge`` instead of ending the run.
+    """
+
+    exchanges: ClassVar[int] = 1
+    personal: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
+    silent: ClassVar[bool] = False
+    own_steps: ClassVar[bool] = True
+    tolerant: ClassVar[bool] = False
+
+    class Options(Named):
+        pass
+
+    def __init__(self, options: Any, federation: Federation) -> None:
+        """``options`` is an instance of this class's ``Options``."""
+        self.options = options
+        self.federation = federation
+
+    def value(self, holder: Round | Plan, name: str, default: float = 0.0) -> float:
+        """Option ``name`` of this method, or the knob that overrides it in this round."""
+        found = holder.knobs.get(name)
+        return float(getattr(self.options, name, default) if found is None else found)
+
+    def server_state(self, model: Tensor) -> State:
+        """State of the server before round 0; ``model`` is the flat initial model. Holds at least ``model``."""
+        return {"model": model.clone()}
+
+    def client_state(self, client: int) -> State:
+        """State of a client before it first takes part."""
+        return {}
+
+    def configure(self, server: State, round: Round) -> Round:
+        """The configuration that this round really uses."""
+        return round
+
+    def plan(self, server: State, round: Round, client: int, exchange: int = 0) -> Plan:
+        """What ``client`` is sent; the model, unless a method says otherwise."""
+        steps = round.steps[round.place(client)]
+        plan = Plan(client, round.index, round.lr, steps, round.mean_steps, exchange, dict(round.knobs))
+        if exchange == 0:
+            plan.tensors["model"] = server["model"]
+        return plan
+
+    def step(self, state: State, plan: Plan, problem: Problem) -> Reply:
+        """The client's work of one exchange."""
+        raise NotImplementedError
+
+    def merge(self, server: State, round: Round, replies: Iterable[Reply], exchange: int = 0) -> None:
+        """Take in the replies of one exchange."""
+        raise NotImplementedError
+
+    def served(self, server: State, state: State) -> Tensor:
+        """The flat model that a client with ``state`` uses."""
+        model: Tensor = server["model"]
+        return model
+
+    def traffic(self, numel: int, previous_lr: float | None = None) -> Traffic:
+        """Closed form of one client's traffic in a round; ``previous_lr`` is the lr of the round before, None in round 0."""
+        return Traffic(down={"model": numel}, up={"update": numel})
+
+
+def weighted_mean(replies: Iterable[Reply], *names: str) -> dict[str, Tensor]:
+    """Sum of p_k times each named tensor, added in the order of the stream."""
+    total: dict[str, Tensor] = {}
+    for reply in replies:
+        for name in names:
+            tensor = reply.tensors[name]
+            if name not in total:
+                total[name] = torch.zeros_like(tensor)
+            total[name].add_(tensor, alpha=reply.weight)
+    return total

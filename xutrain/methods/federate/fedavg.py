@@ -1,0 +1,23 @@
+"""FedAvg: average of the models after local SGD.
+
+McMahan et al., AISTATS 2017. x_{r+1} = x_r - alpha eta P sum p_k d_k with d_k the mean gradient along client k's path;
+alpha = 1 is the average of the clients' models, one local step of everybody is SGD on the mean gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from xutrain.methods.federate.double_momentum import DoubleMomentum
+from xutrain.registry import Named, method
+
+
+@method("federate", "fedavg", paper="1602.05629", summary="average of the clients' models after local SGD")
+class FedAvg(DoubleMomentum):
+    normalised = False
+
+    class Options(Named):
+        name: Literal["fedavg"] = "fedavg"
+        server_lr: float = Field(1.0, gt=0, description="Server learning rate alpha; 1 takes the average as it is.")
