@@ -1,0 +1,144 @@
+"""The verbs that run experiments: load -> plan -> launch. One function serves them all; only the recipe differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from xutrain.cli import console
+from xutrain.errors import Issue, UsageError
+from xutrain.families import FAMILIES, Family
+
+Config = Annotated[Optional[str], typer.Option("--config", "-c", metavar="NAME_OR_PATH", help="A recipe: a path, or a name that `xutrain ls recipes` shows.")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe keys, dotted: train.epochs=3", show_default=False)]
+Nproc = Annotated[int, typer.Option(help="Processes to spread the participants over.")]
+Launcher = Annotated[Optional[str], typer.Option(metavar="local|torchrun|slurm", help="How to start: local (one process), torchrun, or slurm.", show_default="local, torchrun if --nproc > 1")]
+Cluster = Annotated[Optional[str], typer.Option(metavar="NAME", help="SLURM profile: a name under configs/clusters, or a path.")]
+Seeds = Annotated[Optional[str], typer.Option(metavar="0,1,2", help="Seeds to run, one run folder each.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Apply the recipe's smoke overrides: seconds, embedded data.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe, the plan and the predicted bits; run nothing.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; an existing run folder is moved aside.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where run folders go.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show everything that the processes print.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add one command per verb; a verb that is not built yet is hidden and says so."""
+    for family in FAMILIES.values():
+        epilog = f"Example: xutrain {family.verb} --config {family.default} --seeds 0,1,2    Next: xutrain ls recipes, xutrain show {family.default}"
+        app.command(family.verb, help=family.help, hidden=not family.built, epilog=epilog)(_verb(family))
+
+
+def _verb(family: Family) -> Any:
+    def run(
+        config: Config = None,
+        overrides: Overrides = None,
+        nproc: Nproc = 1,
+        launcher: Launcher = None,
+        cluster: Cluster = None,
+        seeds: Seeds = None,
+        smoke: Smoke = False,
+        dry_run: DryRun = False,
+        fresh: Fresh = False,
+        out: Out = Path("runs"),
+        json: Json = False,
+        quiet: Quiet = False,
+        verbose: Verbose = False,
+    ) -> None:
+        if not family.built:
+            raise UsageError(Issue(family.verb, "this verb is not part of this version yet", has_value=False, hint="xutrain --help lists what is"))
+        if config is None:
+            raise UsageError(Issue("--config", "is missing", has_value=False, hint=f"xutrain {family.verb} --config {family.default}; all: xutrain ls recipes"))
+        verbosity = -1 if quiet else 1 if verbose else 0
+        given = list(overrides or [])
+        plans = _plans(family, config, given, seeds, smoke, nproc=nproc, launcher=launcher, fresh=fresh and not dry_run, out=out, verbosity=verbosity)
+        if launcher == "slurm":
+            from xutrain.launch import slurm
+
+            _print(slurm.launch(plans, cluster, dry_run=dry_run, smoke=smoke), json, slurm.show)
+            return
+        if dry_run:
+            _print([_forecast(p) for p in plans], json, _show_forecasts)
+            return
+        from xutrain.launch.run import launch, summary
+
+        results = [launch(p) for p in plans]
+        if not quiet:
+            for result in results:
+                if result.get("recalled"):
+                    console.err.print(f"note: {result['run']} was finished before; this is its result (--fresh runs it again)", markup=False)
+        value = summary(results)
+        if json:
+            console.print_json(value)
+        else:
+            console.print_result(value)
+        worst = max((r["exit_code"] for r in results), key=lambda code: (code != 0, code == 1, code))
+        raise typer.Exit(worst)
+
+    return run
+
+
+def _plans(family: Family, config: str, overrides: list[str], seeds: str | None, smoke: bool, *, nproc: int, launcher: str | None, **kwargs: Any) -> list[Any]:
+    from xutrain.launch.plan import plan
+    from xutrain.recipe.load import load
+
+    if launcher not in (None, "local", "torchrun", "slurm"):
+        raise UsageError(Issue("--launcher", "must be local, torchrun or slurm", launcher))
+    if launcher == "local" and nproc > 1:
+        raise UsageError(Issue("--nproc", "the local launcher is one process", nproc, "leave --launcher out, or say --launcher torchrun"))
+    wanted = parse_seeds(seeds) if seeds is not None else [None]
+    loaded = [load(config, family.verb, overrides, smoke=smoke, seed=seed) for seed in wanted]
+    return [plan(item, nproc=nproc, launcher=launcher, **kwargs) for item in loaded]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``0,1,2`` as numbers. Raises UsageError for anything else, and for a seed given twice."""
+    parts = [p.strip() for p in text.split(",")]
+    if not all(p.isdigit() for p in parts):
+        raise UsageError(Issue("--seeds", "must be whole numbers separated by commas", text, "for example --seeds 0,1,2"))
+    numbers = [int(p) for p in parts]
+    if len(set(numbers)) < len(numbers):
+        raise UsageError(Issue("--seeds", "gives a seed twice, which would count one run as two samples", text))
+    return numbers
+
+
+def _forecast(plan: Any) -> dict[str, Any]:
+    """What a dry run prints for one plan."""
+    import importlib
+
+    predicted = importlib.import_module(FAMILIES[plan.loaded.verb].loop).forecast(plan.recipe)
+    return {
+        **plan.describe(),
+        "status": "dry-run",
+        "scale": plan.recipe.scale,
+        "steps": predicted.steps,
+        "bits": predicted.bits,
+        "forecast": predicted.details,
+        "plan": {"nproc": plan.nproc, "launcher": plan.launcher, "participants": plan.recipe.participants},
+        "resolved": plan.recipe.model_dump(mode="json"),
+    }
+
+
+def _print(values: list[dict[str, Any]], as_json: bool, show: Any) -> None:
+    if as_json:
+        console.print_json(values[0] if len(values) == 1 else {"runs": values})
+    else:
+        show(values)
+
+
+def _show_forecasts(values: list[dict[str, Any]]) -> None:
+    from xutrain.recipe.yamlfile import dump
+
+    console.out.print(dump(values[0]["resolved"]), markup=False, end="")
+    for value in values:
+        rows = [["run folder", value["run"]], ["steps", value["steps"]], ["processes", value["plan"]["nproc"]], ["launcher", value["plan"]["launcher"]]]
+        rows += [["sent, all", console.bits(value["bits"]["up"])], ["received, all", console.bits(value["bits"]["down"])]]
+        rows += [["per worker and step", console.bits(value["bits"]["per_worker_step"])]]
+        rows += [[k.replace("_", " "), v] for k, v in value["forecast"].items() if not isinstance(v, (dict, list))]
+        console.table([f"dry run, seed {value['seed']}", "predicted"], rows)
+
+

@@ -1,0 +1,54 @@
+"""Stopping on request, agreed by all processes, at a step boundary."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+
+from xutrain.engine.context import Context
+
+_NEVER = 2**62
+_CHECK_EVERY = 10  # steps between agreements where there are several processes
+
+
+class Stop:
+    """Hears TERM, INT, USR2 and a file STOP in the run folder.
+
+    A STOP file that holds a number asks to stop after that many steps (rounds); an empty one, at the next boundary.
+    """
+
+    def __init__(self, folder: Path, ctx: Context) -> None:
+        self.file = folder / "STOP"
+        self._workers = ctx.workers(ctx.processes)
+        self._signalled = False
+        self._interrupts = 0
+        self._calls = 0
+        self._at = _NEVER
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+                signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
+
+    def requested(self, step: int) -> bool:
+        """Whether to save and stop now that ``step`` steps are done; the same answer on every process."""
+        if self._calls % _CHECK_EVERY == 0 or self._workers.processes == 1:
+            self._at = self._workers.least(self._wish(step))
+        self._calls += 1
+        return step >= self._at
+
+    def _wish(self, step: int) -> int:
+        if self._signalled:
+            return step
+        try:
+            text = self.file.read_text(encoding="utf-8").strip()
+        except OSError:
+            return _NEVER
+        return int(text) if text.isdigit() else step

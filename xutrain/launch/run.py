@@ -1,0 +1,127 @@
+"""Carry out a plan: in this process or under torchrun, at most one launcher per run folder. Torch-free until a run starts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from xutrain.engine.record import metrics_digest, read_json, read_metrics, write_json
+from xutrain.errors import Failed, Issue, UsageError
+from xutrain.launch.plan import RunPlan, bits_summary
+from xutrain.launch.torchrun import run_processes
+
+#: status of a run -> exit code of the command line
+EXIT_CODES = {"done": 0, "failed": 1, "diverged": 4, "stopped": 75}
+
+
+def launch(plan: RunPlan) -> dict[str, Any]:
+    """Run, resume or recall a run; returns its result (the JSON of the command line, plus "exit_code" and "error").
+
+    Raises:
+        UsageError: another launcher holds the run folder.
+        Failed: a finished run's record was changed by hand.
+    """
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(plan.folder / ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        state = read_json(plan.folder / "state.json")
+        hint = f"process {state.get('pid', '?')} runs it; stop it with `xutrain runs stop {plan.folder}`, or give another --out"
+        raise UsageError(Issue(str(plan.folder), "is being run by another xutrain", has_value=False, hint=hint)) from None
+    with lock:
+        state = read_json(plan.folder / "state.json")
+        if state.get("status") == "done":
+            _refuse_tampered(plan.folder, state)
+            return {**state["result"], "run": str(plan.folder), "exit_code": 0, "recalled": True}
+        plan.write()
+        for old in (plan.folder / "logs").glob("fault-*.json"):
+            old.unlink()
+        if state.get("status") == "stopped":
+            with contextlib.suppress(FileNotFoundError):
+                (plan.folder / "STOP").unlink()
+        code = _start(plan)
+        return collect(plan, code)
+
+
+def _start(plan: RunPlan) -> int:
+    if plan.nproc == 1:
+        from xutrain.worker import execute  # imports torch
+
+        return execute(plan.folder)
+    return run_processes(plan.folder, plan.nproc, plan.verbosity)
+
+
+def collect(plan: RunPlan, code: int) -> dict[str, Any]:
+    """The result of a run that has just ended, from its folder; settles state.json where a process died without a word."""
+    state = read_json(plan.folder / "state.json")
+    if state.get("status") in ("running", "queued", None) or (code != 0 and state.get("status") == "done"):
+        state = {**state, **_cause(plan.folder, code), "updated": time.time()}
+        write_json(plan.folder / "state.json", state)
+    if state["status"] == "done":
+        return {**state["result"], "exit_code": 0}
+    lines = list(read_metrics(plan.folder))
+    last = lines[-1] if lines else {}
+    bits = bits_summary(last.get("bits_up", 0), last.get("bits_down", 0), plan.recipe.participants, last.get("step", 0))
+    wall = last.get("wall_s", 0.0)
+    exit_code = 130 if code == 130 else state.get("exit_code") or EXIT_CODES.get(state["status"], 1)
+    latest = {str(line["name"]): line["value"] for line in lines if line["split"] in ("test", "val")}
+    return {
+        **plan.describe(),
+        "status": state["status"],
+        "scale": plan.recipe.scale,
+        "metrics": latest,
+        "bits": bits,
+        "wall_s": wall,
+        "exit_code": exit_code,
+        "error": state.get("error", []),
+    }
+
+
+def _cause(folder: Path, code: int) -> dict[str, Any]:
+    """The first fault that a process wrote down, or what torchrun saw."""
+    faults = sorted((read_json(f) for f in (folder / "logs").glob("fault-*.json")), key=lambda f: f.get("time", 0.0))
+    told = [f for f in faults if f.get("exit_code") != 1] or faults
+    if told:
+        return {key: told[0][key] for key in ("status", "exit_code", "error") if key in told[0]}
+    seen = read_json(folder / "logs" / "first-failure.json")
+    who = f"rank {seen['rank']} ended with exit code {seen['exitcode']}" if seen else f"a process ended with exit code {code}"
+    text = [f"error: {who} without a message (killed, or out of memory)", f"hint: see {folder / 'logs'}; the same command goes on from the last checkpoint"]
+    return {"status": "failed", "exit_code": 1, "error": text}
+
+
+def _refuse_tampered(folder: Path, state: dict[str, Any]) -> None:
+    if state.get("metrics_sha256") not in (None, metrics_digest(folder)):
+        hint = "run it again with --fresh; the old folder is kept aside"
+        raise Failed(Issue(str(folder / "metrics.jsonl"), "was changed after the run ended: its checksum differs from state.json", has_value=False, hint=hint))
+
+
+def public(result: dict[str, Any]) -> dict[str, Any]:
+    """A result with the keys of the contract only."""
+    hidden = {"exit_code", "recalled"} | (set() if result.get("error") else {"error"})
+    return {key: value for key, value in result.items() if key not in hidden}
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result, or several seeds under "runs" with "mean" and "std" (sample deviation, n-1) of every metric."""
+    if len(results) == 1:
+        return public(results[0])
+    import statistics
+
+    names = [n for n in results[0]["metrics"] if all(isinstance(r["metrics"].get(n), (int, float)) for r in results)]
+    values = {n: [float(r["metrics"][n]) for r in results] for n in names}
+    return {
+        "runs": [public(r) for r in results],
+        "mean": {n: statistics.fmean(v) for n, v in values.items()},
+        "std": {n: statistics.stdev(v) for n, v in values.items()},
+    }
+
+
+def dump(value: Any) -> str:
+    """JSON text without NaN."""
+    return json.dumps(value, indent=2, allow_nan=False)

@@ -1,0 +1,203 @@
+"""Data-parallel steps: quantize, sparsify and pretrain, every method and every baseline, in one loop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xutrain import registry
+from xutrain.data.base import Task
+from xutrain.engine.checkpoint import Checkpoints, Saved
+from xutrain.engine.context import Context
+from xutrain.engine.evaluate import evaluate
+from xutrain.engine.record import Record
+from xutrain.engine.replica import Replica, clip_norm
+from xutrain.engine.schedule import factor
+from xutrain.engine.stop import Stop
+from xutrain.engine.workers import Workers
+from xutrain.errors import Diverged, Issue, RecipeError, Stopped
+from xutrain.launch.plan import Forecast
+from xutrain.methods.base import DataParallel, Setup
+from xutrain.methods.exchange import Exchange
+
+
+@dataclass
+class Job:
+    """The parts of a run, built from its recipe."""
+
+    task: Task
+    replica: Replica
+    workers: Workers
+    exchange: Exchange
+    method: DataParallel
+    buffers: list[Tensor]
+    steps: int
+    steps_per_epoch: int
+
+
+def build(recipe: Any, ctx: Context) -> Job:
+    """Data, model, codec and method of a recipe, equal on every process."""
+    task = registry.load("dataset", recipe.data.name).build(recipe.data, recipe.seed)
+    workers = ctx.workers(recipe.workers, recipe.exchange.reduction)
+    if recipe.workers * recipe.train.batch_size > task.num_train:
+        hint = f"{recipe.workers} workers x {recipe.train.batch_size} samples; lower train.batch_size or workers"
+        raise RecipeError(Issue("train.batch_size", f"a global batch is larger than the {task.num_train} training samples", recipe.train.batch_size, hint))
+    ctx.seed_torch("init")
+    module: nn.Module = registry.load("model", recipe.model.name).build(recipe.model, task).to(ctx.device)
+    replica = Replica(module)
+    codec = registry.load("codec", recipe.codec.name)(recipe.codec, workers=recipe.workers)
+    exchange = Exchange(workers, codec, ctx.meter, recipe.exchange.mode)
+    per_epoch = task.steps_per_epoch(recipe.workers * recipe.train.batch_size)
+    steps = recipe.train.steps or max(1, round(recipe.train.epochs * per_epoch))
+    theta = workers.broadcast(replica.read())  # rank 0's weights, whatever the others drew
+    setup = Setup(theta, replica.layout, workers, exchange, recipe.optimizer, ctx, steps, recipe)
+    method = registry.load("method", recipe.method.name, verb=recipe.verb)(recipe.method, setup)
+    return Job(task, replica, workers, exchange, method, [replica.buffers() for _ in workers.hosted], steps, per_epoch)
+
+
+def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
+    """Train, measure, record; returns the final metrics.
+
+    Raises:
+        Diverged: a loss or gradient is not finite.
+        Stopped: asked to stop; the state is saved.
+    """
+    job = build(recipe, ctx)
+    checkpoints = Checkpoints(record.folder, recipe.checkpoint, ctx, record.note)
+    stop = Stop(record.folder, ctx)
+    saved = checkpoints.latest()
+    first = _restore(job, saved, ctx, record) if saved else 0
+    every = recipe.eval.every or (max(1, round(recipe.eval.every_epochs * job.steps_per_epoch)) if recipe.eval.every_epochs else None)
+
+    for step in range(first, job.steps):
+        if stop.requested(step):
+            _save(checkpoints, job, ctx, step)
+            raise Stopped(Issue(str(record.folder), f"stopped after step {step} of {job.steps}", has_value=False))
+        lr = recipe.optimizer.lr * factor(recipe.schedule, step, job.steps, job.steps_per_epoch)
+        losses, grads = [], []
+        for slot, worker in enumerate(job.workers.hosted):
+            loss, grad = _gradient(recipe, ctx, job, slot, worker, step)
+            losses.append(loss)
+            grads.append(grad)
+        _refuse_non_finite(losses, job.workers.hosted, step)
+        job.method.step(grads, lr, step)
+        _share_buffers(recipe.train.buffers, job, ctx)
+
+        done = step + 1
+        record.progress(done, job.steps, loss=losses[0])
+        if done % recipe.log.every == 0 or done == job.steps:
+            mean = sum(job.workers.objects(losses)) / job.workers.count
+            record.log(done, {"batch_loss": mean, "lr": lr, **job.method.diagnostics()}, split="train", epoch=done / job.steps_per_epoch)
+        if every and done % every == 0 and done < job.steps:
+            record.log(done, _measure(recipe, job, ctx, ("test",)), epoch=done / job.steps_per_epoch)
+        if checkpoints.due(done) and done < job.steps:
+            _save(checkpoints, job, ctx, done)
+
+    metrics = _measure(recipe, job, ctx, ("train", "test"))
+    if first < job.steps or saved is None:
+        record.log(job.steps, metrics, epoch=job.steps / job.steps_per_epoch)
+        _save(checkpoints, job, ctx, job.steps)
+    return {**metrics, **_cost(job, ctx)}
+
+
+def forecast(recipe: Any) -> Forecast:
+    """Steps and bits of a recipe in closed form, without running it; equal to the meter's count afterwards."""
+    ctx = Context(recipe.seed)
+    job = build(recipe, ctx)
+    parts = job.method.planned_bits(job.steps)
+    up, down = _buffer_bits(recipe.train.buffers, job)
+    if up or down:
+        parts["buffers"] = (job.steps * up, job.steps * down)
+    total = (sum(p[0] for p in parts.values()), sum(p[1] for p in parts.values()))
+    payload = job.exchange.codec.payload_bits(job.replica.numel)
+    details = {
+        "parameters": job.replica.numel,
+        "steps_per_epoch": job.steps_per_epoch,
+        "samples": job.steps * recipe.workers * recipe.train.batch_size,
+        "bits_per_element": payload / job.replica.numel,
+        "compression_ratio": 32 * job.replica.numel / payload if payload else None,
+        "full_precision_bits_up": job.steps * recipe.workers * 32 * job.replica.numel,
+        "parts": {name: {"up": p[0], "down": p[1]} for name, p in parts.items()},
+    }
+    return Forecast(job.steps, total[0], total[1], recipe.workers, details)
+
+
+def _gradient(recipe: Any, ctx: Context, job: Job, slot: int, worker: int, step: int) -> tuple[float, Tensor]:
+    """Loss and clipped gradient of one worker at its own point, with its own buffers."""
+    replica = job.replica
+    replica.point(job.method.point(worker))
+    replica.load_buffers(job.buffers[slot])
+    replica.zero_grad()
+    batch = job.task.draw(step, worker, job.workers.count, recipe.train.batch_size, recipe.seed).to(ctx.device)
+    ctx.seed_torch("dropout", step, worker)
+    with _precision(recipe.train.precision, ctx):
+        loss = job.task.loss(replica.module(batch.inputs), batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    if replica.num_buffer_elements:
+        job.buffers[slot] = replica.buffers()
+    return float(loss.detach()), clip_norm(replica.grad(), recipe.train.clip_norm)
+
+
+def _precision(precision: str, ctx: Context) -> Any:
+    return torch.autocast(ctx.device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def _refuse_non_finite(losses: list[float], hosted: range, step: int) -> None:
+    for loss, worker in zip(losses, hosted, strict=True):
+        if not math.isfinite(loss):
+            raise Diverged(Issue(f"step {step}, worker {worker}", "the loss is not finite", loss, "lower optimizer.lr, set train.clip_norm, or warm up"))
+
+
+def _share_buffers(policy: str, job: Job, ctx: Context) -> None:
+    """Batch-norm statistics after a step: the workers' mean, worker 0's, or each worker's own."""
+    if policy == "local" or not job.replica.num_buffer_elements:
+        return
+    ctx.meter.add("buffers", *_buffer_bits(policy, job))
+    common = job.workers.mean(job.buffers) if policy == "mean" else job.workers.broadcast(job.buffers[0].clone())
+    job.buffers = [common.clone() for _ in job.workers.hosted]
+
+
+def _buffer_bits(policy: str, job: Job) -> tuple[int, int]:
+    """Bits (up, down) of one exchange of buffers: all workers send to all (mean), or worker 0 to the others (first)."""
+    count, bits = job.workers.count, 32 * job.replica.num_buffer_elements
+    return {"mean": (count * bits, count * (count - 1) * bits), "first": (bits, (count - 1) * bits), "local": (0, 0)}[policy]
+
+
+def _measure(recipe: Any, job: Job, ctx: Context, splits: tuple[str, ...]) -> dict[str, float]:
+    """Metrics at every point that the method deploys; the first point's names carry no suffix."""
+    values: dict[str, float] = {}
+    job.replica.load_buffers(job.workers.mean(job.buffers))
+    for i, (name, theta) in enumerate(job.method.deploy().items()):
+        job.replica.point(theta)
+        for split in splits:
+            scores = evaluate(job.replica.module, job.task, split, ctx, recipe.eval.batch_size)
+            values.update({f"{split}_{metric}" + (f"_{name}" if i else ""): value for metric, value in scores.items()})
+    return values
+
+
+def _cost(job: Job, ctx: Context) -> dict[str, float]:
+    """What a message costs: bits per element of the codec's payload, and the ratio to fp32."""
+    bits = job.exchange.codec.payload_bits(job.replica.numel) / job.replica.numel
+    return {"bits_per_element": bits, **({"compression_ratio": 32 / bits} if bits else {})}
+
+
+def _save(checkpoints: Checkpoints, job: Job, ctx: Context, step: int) -> None:
+    shared, workers = job.method.state()
+    model = next(iter(job.method.deploy().values()))
+    job.replica.load_buffers(job.workers.mean(job.buffers))
+    states = {w: {**workers.get(w, {}), "buffers": b} for w, b in zip(job.workers.hosted, job.buffers, strict=True)}
+    checkpoints.save(step, shared={"method": shared, "meter": ctx.meter.state()}, workers=states, model=job.replica.named(model))
+
+
+def _restore(job: Job, saved: Saved, ctx: Context, record: Record) -> int:
+    job.method.load_state(saved.shared["method"], saved.worker)
+    job.buffers = [saved.worker(w)["buffers"] for w in job.workers.hosted]
+    ctx.meter.load_state(saved.shared["meter"])
+    record.rewind(saved.step)
+    record.note(f"resumed from step {saved.step} of {job.steps}")
+    return saved.step
