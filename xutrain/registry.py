@@ -21,7 +21,7 @@ from xutrain.errors import Issue, RecipeError
 
 PACKAGE = Path(__file__).parent
 #: Where the parts of a kind live, relative to the package.
-ROOMS = {"codec": ("methods/codecs",), "method": ("methods",), "dataset": ("data",), "model": ("models",)}
+ROOMS = {"codec": ("methods/codecs",), "method": ("methods",), "dataset": ("data",), "model": ("models",), "partition": ("data",)}
 T = TypeVar("T", bound=type)
 
 
@@ -73,6 +73,11 @@ def dataset(name: str, *, summary: str, aliases: tuple[str, ...] = (), verbs: tu
 def model(name: str, *, paper: str = "", summary: str, aliases: tuple[str, ...] = (), verbs: tuple[str, ...] = ()) -> Callable[[T], T]:
     """Register a model: a class with ``Options`` and a static ``build(options, task) -> nn.Module``."""
     return _announce(Entry("model", name, "", verbs, paper, summary, aliases))
+
+
+def partition(name: str, *, summary: str, aliases: tuple[str, ...] = ()) -> Callable[[T], T]:
+    """Register a rule that deals a data set to clients: a class with ``Options`` and a static ``deal``."""
+    return _announce(Entry("partition", name, "", (), "", summary, aliases))
 
 
 def _announce(entry: Entry) -> Callable[[T], T]:

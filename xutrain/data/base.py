@@ -55,6 +55,10 @@ class Task:
         """Training samples ``indices`` (int64, shape (b,)), augmented with randomness of ``key``."""
         raise NotImplementedError
 
+    def plain(self, indices: Tensor) -> Batch:
+        """Training samples ``indices`` as they are, for measuring on some of them; tasks that augment override this."""
+        return self.batch(indices, Key())
+
     def batches(self, split: str, batch_size: int = 500) -> Iterator[Batch]:
         """All samples of ``split`` ("train" without augmentation, "val" or "test") in a fixed order."""
         raise NotImplementedError

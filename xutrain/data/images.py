@@ -85,6 +85,10 @@ class ImageTask(Task):
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
         return Batch(self._normal(images), train.labels[indices])
 
+    def plain(self, indices: Tensor) -> Batch:
+        train = self.splits["train"]
+        return Batch(self._normal(train.images[indices]), train.labels[indices])
+
     def batches(self, split: str, batch_size: int = 500) -> Iterator[Batch]:
         part = self.splits[split]
         for at in range(0, len(part), batch_size):
