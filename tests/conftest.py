@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def run_forked(function: Callable[..., Any], processes: int, *arguments: Any, ti
                 for child in children:
                     child.kill()
                 raise AssertionError(f"rank {rank} of {processes} did not answer within {timeout} s")
-            answers.append(receiver.recv())
+            answers.append(pickle.loads(receiver.recv_bytes()))
         for child in children:
             child.join(10)
     faults = [text for ok, text in answers if not ok]
@@ -55,10 +56,10 @@ def _child(rank: int, processes: int, store: str, answer: Any, function: Callabl
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
-        answer.send((True, function(*arguments)))
+        answer.send_bytes(pickle.dumps((True, function(*arguments))))  # plain pickle copies tensors; the pipe's own would share memory
         dist.barrier()
     except BaseException:
-        answer.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+        answer.send_bytes(pickle.dumps((False, f"rank {rank}:\n{traceback.format_exc()}")))
     os._exit(0)
 
 
