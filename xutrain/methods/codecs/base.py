@@ -7,7 +7,7 @@ else travels beside ``Payload.data``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,17 +44,17 @@ class NonFinite(XutrainError, ValueError):
 class Codec:
     """Base of all codecs.
 
-    Class attributes:
+    Class attributes (an instance may override them where its options change the answer):
         biased: the decoded vector's expectation differs from the vector.
         contractive: E||v - Q(v)||^2 < ||v||^2 for every v != 0, which error feedback needs.
         random: encode draws from its key.
         shared_support: all workers send the same coordinates, so that sums of payloads are payloads of sums.
     """
 
-    biased: ClassVar[bool] = False
-    contractive: ClassVar[bool] = False
-    random: ClassVar[bool] = False
-    shared_support: ClassVar[bool] = False
+    biased: bool = False
+    contractive: bool = False
+    random: bool = False
+    shared_support: bool = False
 
     class Options(Named):
         pass

@@ -1,0 +1,41 @@
+"""Evenly spaced levels from the minimum to the maximum. A baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from xutrain.methods.codecs.scalar import BucketOptions, ScalarCodec
+from xutrain.registry import codec
+
+
+@codec("linear", summary="baseline: evenly spaced levels from minimum to maximum")
+class Linear(ScalarCodec):
+    """Level k is min + k (max - min) / (levels - 1); two floats per bucket."""
+
+    random = True
+    keeps_range = True
+    sent = 2
+
+    class Options(BucketOptions):
+        name: str = "linear"
+        levels: int = Field(5, ge=2, le=256, description="Number of levels.")
+
+    def __init__(self, options: Any, workers: int = 1) -> None:
+        super().__init__(options, workers)
+        self.base = options.levels
+
+    @property
+    def label(self) -> str:
+        return self.tag(f"linear-{self.base}")
+
+    def find(self, rows: Tensor) -> Tensor:
+        return torch.cat((rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)), 1)
+
+    def table(self, numbers: Tensor) -> Tensor:
+        low, high = numbers[:, :1].double(), numbers[:, 1:].double()
+        share = torch.arange(self.base, device=numbers.device, dtype=torch.float64) / (self.base - 1)
+        return torch.where(share < 1, low + (high - low) * share, high).float()

@@ -1,0 +1,97 @@
+"""Symbols from values and values from symbols: random rounding onto levels, thresholds, table look-up.
+
+Everything is exact comparison arithmetic in float32, so that the CPU, a compiled kernel and a GPU agree bit for bit once
+they hold the same levels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xutrain.engine.rng import Key
+from xutrain.errors import Issue, UsageError
+
+_HUGE = 8.0e37  # beyond this, differences of two float32 values may overflow
+
+
+def need_key(key: Key | None, name: str) -> Key:
+    """The key, or an error that says how to make one. Raises UsageError."""
+    if key is None:
+        hint = 'codec.encode(vector, key=xutrain.key(seed=0, stream="round", step=0, worker=0))'
+        raise UsageError(Issue("key", f"codec {name} draws random numbers and needs a key", hint=hint, has_value=False))
+    return key
+
+
+def draws(key: Key, start: int, n: int, device: torch.device) -> Tensor:
+    """Elements start .. start+n-1 of ``key.uniform``: float32 in [0, 1), shape (n,), on ``device``."""
+    if device.type != "cpu":
+        return key.uniform(start + n, device)[start:]
+    words = key.bits(n, start)
+    np.right_shift(words, 8, out=words)
+    values = words.astype(np.float32)
+    values *= np.float32(2.0**-24)
+    return torch.from_numpy(values)
+
+
+def round_randomly(rows: Tensor, levels: Tensor, uniforms: Tensor, out: Tensor) -> None:
+    """Random rounding of ``rows`` (B, n) onto ascending ``levels`` (B, s): symbols to ``out``, uint8 (B, n).
+
+    A value in [b_k, b_k+1] becomes k+1 with probability (v - b_k) / (b_k+1 - b_k); values beyond the outer levels are clipped
+    to them. The symbol is the number of cells k with ``v - b_k > u (b_k+1 - b_k)``: true for every cell below the value, false
+    for every cell above it, and at a level itself false, because u < 1 and the difference is the same float. Of equal levels
+    the first is taken.
+    """
+    if levels.numel() and float(levels.abs().amax()) > _HUGE:
+        rows, levels = rows * 0.25, levels * 0.25
+    widths = levels[:, 1:] - levels[:, :-1]
+    difference, scaled = torch.empty_like(rows), torch.empty_like(rows)
+    hit = torch.empty_like(out)
+    for k in range(levels.shape[1] - 1):
+        torch.sub(rows, levels[:, k : k + 1], out=difference)
+        torch.mul(uniforms, widths[:, k : k + 1], out=scaled)
+        if k == 0:
+            _greater(difference, scaled, out)
+        else:
+            _greater(difference, scaled, hit)
+            out.add_(hit)
+
+
+def _greater(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a > b`` as 0 and 1; numpy's comparison is four times faster than torch's on a CPU."""
+    if a.device.type == "cpu":
+        np.greater(a.numpy(), b.numpy(), out=out.view(torch.bool).numpy())
+    else:
+        torch.gt(a, b, out=out.view(torch.bool))
+
+
+def at_least(rows: Tensor, threshold: Tensor | float, out: Tensor) -> None:
+    """``out = rows >= threshold`` as 0 and 1; threshold a number or of shape (B, 1)."""
+    if rows.device.type == "cpu":
+        other = threshold.numpy() if isinstance(threshold, Tensor) else np.float32(threshold)
+        np.greater_equal(rows.numpy(), other, out=out.view(torch.bool).numpy())
+    else:
+        torch.ge(rows, threshold, out=out.view(torch.bool))
+
+
+def look_up(levels: Tensor, symbols: Tensor, out: Tensor) -> None:
+    """``out[i, j] = levels[i, symbols[i, j]]``: levels (B, s), symbols uint8 (B, n), out float32 (B, n)."""
+    if out.device.type == "cpu":
+        index = symbols.numpy().astype(np.intp)
+        index += np.arange(len(levels), dtype=np.intp)[:, None] * levels.shape[1]
+        np.take(levels.numpy().reshape(-1), index, out=out.numpy(), mode="clip")
+    else:
+        torch.gather(levels, 1, symbols.long(), out=out)
+
+
+def moments(rows: Tensor, levels: Tensor) -> tuple[float, float]:
+    """Squared bias and variance of random rounding, summed over all elements in float64.
+
+    The variance of an element is (b_k+1 - v)(v - b_k); the bias is what clipping to the outer levels removes.
+    """
+    v, b = rows.double(), levels.double()
+    w = v.clamp(b[:, :1], b[:, -1:])
+    cell = (torch.searchsorted(b.contiguous(), w.contiguous(), right=True) - 1).clamp(0, b.shape[1] - 2)
+    below, above = b.gather(1, cell), b.gather(1, cell + 1)
+    return float((v - w).square().sum()), float(((above - w) * (w - below)).sum())

@@ -1,0 +1,22 @@
+"""The Walsh-Hadamard transform of rows, by butterflies in a fixed order of additions: the same bits on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def hadamard(rows: Tensor) -> Tensor:
+    """H x for every row x of ``rows`` (B, N), N a power of two; H has entries +-1 and H H = N. Returns a new tensor."""
+    count, n = rows.shape
+    assert n & (n - 1) == 0, n
+    columns = rows.t().contiguous()  # every step then adds long contiguous runs
+    other = torch.empty_like(columns)
+    half = 1
+    while half < n:
+        pairs, sums = columns.view(-1, 2, half, count), other.view(-1, 2, half, count)
+        torch.add(pairs[:, 0], pairs[:, 1], out=sums[:, 0])
+        torch.sub(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
+        columns, other = other, columns
+        half *= 2
+    return columns.t().contiguous()
