@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from scipy import sparse
 
 from xutrain.errors import DataError, Issue
 
-Matrix = NDArray[np.float64] | sparse.csr_matrix
+Matrix: TypeAlias = NDArray[np.float64] | sparse.csr_matrix
 TASKS = ("binary", "regression", "classes")
 
 
@@ -73,16 +74,20 @@ class VerticalData:
 def split_columns(d: int, parties: int, where: str = "data.parties") -> list[range]:
     """Contiguous blocks of d columns; the first (d mod parties) get one more. Raises DataError when a party would be empty."""
     if d < parties:
-        raise DataError(Issue(where, f"{d} features cannot be split over {parties} parties: some would hold none", parties, f"at most {d} parties"))
+        raise DataError(
+            Issue(where, f"{d} features cannot be split over {parties} parties: some would hold none", parties, f"at most {d} parties")
+        )
     size, more = divmod(d, parties)
     starts = [p * size + min(p, more) for p in range(parties + 1)]
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
 def split_rows(ids: Sequence[str], fraction: float, salt: str = "test") -> NDArray[np.bool_]:
     """True for test rows: a hash of the id decides, so every party splits alike without talking. Shape (n,)."""
     limit = int(fraction * 2**32)
-    return np.array([int.from_bytes(hashlib.blake2b(f"{salt}|{i}".encode(), digest_size=4).digest(), "little") < limit for i in ids], dtype=bool)
+    return np.array(
+        [int.from_bytes(hashlib.blake2b(f"{salt}|{i}".encode(), digest_size=4).digest(), "little") < limit for i in ids], dtype=bool
+    )
 
 
 def binary_labels(values: NDArray, where: str) -> NDArray[np.float64]:
@@ -90,7 +95,9 @@ def binary_labels(values: NDArray, where: str) -> NDArray[np.float64]:
     found = sorted(set(np.asarray(values, dtype=np.float64).tolist()))
     if set(found) <= {0.0, 1.0} or set(found) <= {-1.0, 1.0}:
         return np.where(np.asarray(values) > 0, 1.0, -1.0)
-    raise DataError(Issue(where, "logistic labels must be 0/1 or -1/+1", found[:6], "map the column first, or choose loss: ridge or softmax"))
+    raise DataError(
+        Issue(where, "logistic labels must be 0/1 or -1/+1", found[:6], "map the column first, or choose loss: ridge or softmax")
+    )
 
 
 @dataclass
@@ -116,7 +123,9 @@ def read_csv(path: Path, id_column: str, label: str = "") -> Table:
         header = next(reader, [])
         if id_column not in header:
             raise DataError(Issue(str(path), "no such id column", id_column, f"columns: {', '.join(header[:20])}"))
-        rows, seen, at_id = [], {}, header.index(id_column)
+        rows: list[list[str]] = []
+        seen: dict[str, int] = {}
+        at_id = header.index(id_column)
         for row in reader:
             line = reader.line_num
             if len(row) != len(header):
@@ -124,7 +133,9 @@ def read_csv(path: Path, id_column: str, label: str = "") -> Table:
             if not row[at_id].strip():
                 raise DataError(Issue(f"{path}:{line}", "empty id", row[:3]))
             if row[at_id] in seen:
-                raise DataError(Issue(f"{path}:{line}", f"duplicate id, first seen in line {seen[row[at_id]]}", row[at_id], "one row per entity"))
+                raise DataError(
+                    Issue(f"{path}:{line}", f"duplicate id, first seen in line {seen[row[at_id]]}", row[at_id], "one row per entity")
+                )
             seen[row[at_id]] = line
             rows.append(row)
     cells = {name: [row[at] for row in rows] for at, name in enumerate(header)}
@@ -156,7 +167,9 @@ def _number(cell: str, path: Path, at: int, column: str) -> float:
 MISSING = frozenset({"", "na", "nan", "null", "none", "?"})
 
 
-def fit_preprocessing(columns: dict[str, list[str]], missing: str, rows: NDArray[np.int64], path: Path, row_lines: Sequence[int] | None = None) -> dict[str, Any]:
+def fit_preprocessing(
+    columns: dict[str, list[str]], missing: str, rows: NDArray[np.int64], path: Path, row_lines: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Learn one-hot levels, means and scales on ``rows`` (the training rows); kept in the party's model file.
 
     ``missing``: "error" names the first empty cell; "mean" puts the training mean of numbers, and a level of its own for text.
@@ -166,7 +179,14 @@ def fit_preprocessing(columns: dict[str, list[str]], missing: str, rows: NDArray
         gaps = [at for at, cell in enumerate(cells) if cell.strip().lower() in MISSING]
         if gaps and missing == "error":
             line = (row_lines[gaps[0]] if row_lines is not None else gaps[0]) + 2
-            raise DataError(Issue(f"{path}:{line}", f"empty or NaN cell in column {name} ({len(gaps)} in all)", cells[gaps[0]], "clean the file or set data.missing=mean"))
+            raise DataError(
+                Issue(
+                    f"{path}:{line}",
+                    f"empty or NaN cell in column {name} ({len(gaps)} in all)",
+                    cells[gaps[0]],
+                    "clean the file or set data.missing=mean",
+                )
+            )
         numbers = _as_numbers(cells)
         if numbers is None:
             levels = sorted({cells[i].strip() or "missing" for i in rows})
@@ -182,11 +202,18 @@ def fit_preprocessing(columns: dict[str, list[str]], missing: str, rows: NDArray
 
 
 def apply_preprocessing(columns: dict[str, list[str]], steps: dict[str, Any], where: str) -> tuple[NDArray[np.float64], list[str]]:
-    """Standardised dense block and its column names. Unseen levels become all zeros before standardising. Raises DataError for other columns."""
+    """Standardised dense block and its column names; unseen levels are all zeros before standardising. Raises DataError for other columns."""
     if list(columns) != list(steps["columns"]):
         missing = [c for c in steps["columns"] if c not in columns]
         extra = [c for c in columns if c not in steps["columns"]]
-        raise DataError(Issue(where, "columns differ from those of the model", {"missing": missing, "extra": extra}, "use the same file layout as in training"))
+        raise DataError(
+            Issue(
+                where,
+                "columns differ from those of the model",
+                {"missing": missing, "extra": extra},
+                "use the same file layout as in training",
+            )
+        )
     parts, names = [], []
     for name, step in steps["columns"].items():
         if "levels" in step:
@@ -195,7 +222,9 @@ def apply_preprocessing(columns: dict[str, list[str]], steps: dict[str, Any], wh
         else:
             numbers = _as_numbers(columns[name])
             if numbers is None:
-                raise DataError(Issue(where, f"column {name} was numeric in training and now holds text", hint="check the file", has_value=False))
+                raise DataError(
+                    Issue(where, f"column {name} was numeric in training and now holds text", hint="check the file", has_value=False)
+                )
             raw = np.where(np.isnan(numbers), step["mean"][0], numbers)[:, None]
             names.append(name)
         parts.append((raw - np.array(step["mean"])) / np.array(step["scale"]))

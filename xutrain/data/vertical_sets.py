@@ -173,6 +173,7 @@ class LibSVM:
 
     @staticmethod
     def build(options: LibSVM.Options, seed: int = 0) -> VerticalData:
+        y: NDArray
         x, y, note = read_libsvm(Path(options.path), options.features, options.zero_based)
         notes = [note]
         if options.test_path:
@@ -189,8 +190,7 @@ class LibSVM:
         if options.task == "binary":
             y = binary_labels(y, options.path)
         elif options.task == "classes":
-            levels, y = np.unique(y, return_inverse=True)
-            classes = len(levels)
+            classes, y = len(np.unique(y)), np.unique(y, return_inverse=True)[1]
         elif options.standardise_target:
             y = (y - y[~test].mean()) / y[~test].std()
         names = options.party_names()
@@ -246,7 +246,13 @@ class SyntheticTable:
         truth = rng.standard_normal((features, classes) if classes else features)
         score = np.asarray(x @ truth)
         score = score / score.std() * 2.0 + options.noise * rng.standard_normal(score.shape)
-        y: NDArray = score.argmax(axis=1) if classes else np.where(score > 0, 1.0, -1.0) if task == "binary" else (score - score.mean()) / score.std()
+        y: NDArray = (
+            score.argmax(axis=1)
+            if classes
+            else np.where(score > 0, 1.0, -1.0)
+            if task == "binary"
+            else (score - score.mean()) / score.std()
+        )
         test = split_rows([str(i) for i in range(rows)], options.test_fraction)
         names = options.party_names()
         blocks = _blocks(x, [f"f{j}" for j in range(features)], test, names, split_columns(features, options.parties))

@@ -1,0 +1,30 @@
+"""FD-SVRG: synchronous SVRG on feature slabs with tree sums (Zhang et al. 2018), a baseline.
+
+The step is AFSVRG's; what differs is the exchange. All workers draw the same index from a common seed, so no index travels; one
+binomial tree sums the products and sends the total back, so every worker holds every total; nothing is masked, and all hold labels.
+Payload: 2 (q-1) scalars a step for all workers together. Limit: the same iterates as AFSVRG in lock step with one index stream.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from xutrain.methods.vertical.afsvrg import AFSVRG
+from xutrain.registry import Named, method
+
+
+@method("vertical", "fd_svrg", paper="Zhang et al. 2018", summary="synchronous SVRG with unmasked tree sums", aliases=("fdsvrg",))
+class FDSVRG(AFSVRG):
+    """Lock step, labels everywhere, no masks."""
+
+    class Options(Named):
+        inner: int | None = Field(None, ge=1, description="Steps between snapshots; by default one pass over the samples.")
+
+    exchange = "allreduce"
+    lockstep = True
+
+    @staticmethod
+    def passes(options: Any) -> str:
+        return "barrier"
