@@ -129,10 +129,17 @@ class Reply:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Numbers (of 32 bits) that one taking-part client receives and sends in one round, per part."""
+    """What one taking-part client receives and sends in one round, per part.
+
+    Attributes:
+        down: numbers of 32 bits that it receives.
+        up: elements of the vectors that it sends (32 bits each, or whatever the codec makes of them).
+        answers: numbers of 32 bits that it sends beside them, such as a validation loss.
+    """
 
     down: dict[str, int]
     up: dict[str, int]
+    answers: dict[str, int] = field(default_factory=dict)
 
 
 class Problem(Protocol):

@@ -1,0 +1,194 @@
+"""The clients of a federated run: their shards, the order of their batches, their gradients, and what they keep.
+
+A batch is addressed by (client, how many local steps the client has done in its life): so a resumed run, or one on another
+number of processes, takes the same samples. All clients of a process share one module, which is pointed at a client's vector.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xutrain.data.base import Batch, Task
+from xutrain.engine.context import Context
+from xutrain.engine.replica import Replica, clip_norm
+from xutrain.engine.rng import Key
+from xutrain.errors import Issue, RecipeError
+from xutrain.methods.federate.base import State
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's samples.
+
+    Attributes:
+        train: indices that it trains on.
+        val: indices that it keeps aside.
+        batch_size: samples of a local step.
+        per_pass: local steps of one pass.
+        steps: local steps of a round, P_k.
+    """
+
+    train: Tensor
+    val: Tensor
+    batch_size: int
+    per_pass: int
+    steps: int
+
+    def order(self, client: int, pass_: int, seed: int) -> Tensor:
+        """The client's samples in the order of pass ``pass_``; what does not fill a batch is left out at its end."""
+        return self.train[torch.randperm(len(self.train), generator=Key(seed, "pass", pass_, client).generator())]
+
+
+def shards(parts: list[Any], clients: Any, train: Any, seed: int, *, pooled: bool = False) -> list[Shard]:
+    """Shards of a partition under a recipe's ``clients`` and ``train`` sections.
+
+    With ``pooled`` the first client holds the union, with a batch K times as large and as many steps as the others would do.
+
+    Raises:
+        RecipeError: a batch is larger than the smallest client's shard, or a client's validation part is empty.
+    """
+    held = []
+    for k, part in enumerate(parts):
+        order = torch.from_numpy(part)[torch.randperm(len(part), generator=Key(seed, "client-split", 0, k).generator())]
+        kept = round(clients.val_fraction * len(part))
+        if clients.val_fraction and (kept == 0 or kept == len(part)):
+            what = f"leaves client {k} with {kept} validation and {len(part) - kept} training samples"
+            raise RecipeError(Issue("clients.val_fraction", what, clients.val_fraction, "change it, or the partition"))
+        held.append((order[kept:].sort().values, order[:kept].sort().values))
+    smallest = min(range(len(held)), key=lambda k: len(held[k][0]))
+    least = len(held[smallest][0])
+    if clients.steps == "equal" and train.batch_size > least:
+        hint = f"at most {least}, or fewer clients, or clients.steps=own (small clients then take smaller batches)"
+        raise RecipeError(Issue("train.batch_size", f"larger than the shard of client {smallest}, {least} samples", train.batch_size, hint))
+    made = []
+    for mine, val in held:
+        batch = min(train.batch_size, len(mine))
+        per_pass = max(1, (least if clients.steps == "equal" else len(mine)) // batch)
+        made.append(Shard(mine, val, batch, per_pass, train.local_steps or max(1, int(train.local_epochs * per_pass))))
+    if pooled:
+        union = torch.cat([s.train for s in made]).sort().values
+        batch = sum(s.batch_size for s in made)
+        steps = round(sum(s.steps for s in made) / len(made))
+        none = union[:0]
+        val = torch.cat([s.val for s in made])
+        return [Shard(union, val, batch, max(1, len(union) // batch), steps), *(Shard(none, none, 1, 1, steps) for _ in made[1:])]
+    return made
+
+
+class Bench:
+    """The module that all clients of this process use in turn."""
+
+    def __init__(self, task: Task, replica: Replica, ctx: Context, train: Any, eval_batch: int) -> None:
+        self.task, self.replica, self.ctx, self.train = task, replica, ctx, train
+        self.eval_batch = eval_batch
+        self._at: Tensor | None = None
+
+    def point(self, vector: Tensor) -> None:
+        """Point the module at ``vector``; changes of the vector in place are seen."""
+        if vector is not self._at:
+            self.replica.point(vector)
+            self._at = vector
+
+    def gradient(self, vector: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean loss (detached) and its flat gradient at ``vector``."""
+        self.point(vector)
+        self.replica.zero_grad()
+        placed = batch.to(self.ctx.device)
+        with self._precision():
+            loss = self.task.loss(self.replica.module(placed.inputs), placed)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), self.replica.grad()
+
+    def _precision(self) -> Any:
+        return torch.autocast(self.ctx.device.type, torch.bfloat16) if self.train.precision == "bf16" else contextlib.nullcontext()
+
+
+@dataclass
+class ClientData:
+    """A client's `Problem` (see ``methods/federate/base.py``) during one exchange.
+
+    Attributes:
+        taken: local steps that the client did before this round.
+        losses: sum of the minibatch losses seen at the local steps, and their number, for the record.
+    """
+
+    bench: Bench
+    client: int
+    shard: Shard
+    taken: int
+    losses: Tensor | None = None
+    counted: int = 0
+    _order: tuple[int, Tensor] | None = field(default=None, repr=False)
+
+    def batch(self, step: int) -> Batch:
+        """Samples of local step ``step`` of this round."""
+        seed, t = self.bench.ctx.seed, self.taken + step
+        pass_, at = divmod(t, self.shard.per_pass)
+        if self._order is None or self._order[0] != pass_:
+            self._order = (pass_, self.shard.order(self.client, pass_, seed))
+        size = self.shard.batch_size
+        return self.bench.task.batch(self._order[1][at * size : (at + 1) * size], Key(seed, "augment", t, self.client))
+
+    def gradient(self, point: Tensor, step: int) -> Tensor:
+        loss, gradient = self.bench.gradient(point, self.batch(step))
+        self.losses = loss if self.losses is None else self.losses + loss
+        self.counted += 1
+        if self.bench.train.weight_decay:
+            gradient.add_(point, alpha=self.bench.train.weight_decay)
+        return clip_norm(gradient, self.bench.train.clip_norm)
+
+    def full_gradient(self, point: Tensor) -> Tensor:
+        replica, seed = self.bench.replica, self.bench.ctx.seed
+        held = replica.buffers() if replica.num_buffer_elements else None
+        total = torch.zeros_like(point)
+        for i, indices in enumerate(self.shard.train.split(self.bench.eval_batch)):
+            batch = self.bench.task.batch(indices, Key(seed, f"full/{i}", self.taken, self.client))
+            total.add_(self.bench.gradient(point, batch)[1], alpha=len(indices) / len(self.shard.train))
+            if held is not None:
+                replica.load_buffers(held)
+        if self.bench.train.weight_decay:
+            total.add_(point, alpha=self.bench.train.weight_decay)
+        return total
+
+    def evaluate(self, point: Tensor, split: str = "val") -> dict[str, float]:
+        assert split in ("val", "train"), split
+        indices = self.shard.val if split == "val" else self.shard.train
+        self.bench.point(point)
+        module, sums = self.bench.replica.module, dict[str, list[float]]()
+        module.eval()
+        with torch.no_grad():
+            for chunk in indices.split(self.bench.eval_batch):
+                batch = self.bench.task.plain(chunk).to(self.bench.ctx.device)
+                for name, (value, weight) in self.bench.task.score(module(batch.inputs), batch).items():
+                    held = sums.setdefault(name, [0.0, 0.0])
+                    held[0] += value
+                    held[1] += weight
+        module.train()
+        return {name: value / weight for name, (value, weight) in sums.items() if weight}
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean minibatch loss of this exchange; nan before any."""
+        return float("nan") if self.losses is None else float(self.losses) / self.counted
+
+
+@dataclass
+class Kept:
+    """What a client keeps between rounds: the method's state, its own buffers, what the codec lost."""
+
+    state: State
+    buffers: Tensor | None = None
+    residual: dict[str, Tensor] = field(default_factory=dict)
+
+    def pack(self) -> State:
+        packed: State = {"state": self.state, "residual": self.residual}
+        return packed if self.buffers is None else {**packed, "buffers": self.buffers}
+
+    @classmethod
+    def unpack(cls, packed: State) -> Kept:
+        return cls(packed["state"], packed.get("buffers"), packed["residual"])

@@ -1,0 +1,321 @@
+"""Rounds of clients: DOMO, FedSM, Auto-FedRL, every baseline, in one loop. See ``methods/federate/base.py`` for what a method answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xutrain import registry
+from xutrain.data.base import Task
+from xutrain.data.partition import Samples, deal
+from xutrain.engine.checkpoint import Checkpoints, Saved
+from xutrain.engine.context import Context
+from xutrain.engine.evaluate import evaluate
+from xutrain.engine.record import Record, write_json
+from xutrain.engine.replica import Replica
+from xutrain.engine.rng import Key
+from xutrain.engine.schedule import factor
+from xutrain.engine.stop import Stop
+from xutrain.engine.workers import Workers
+from xutrain.errors import Issue, RecipeError, Stopped
+from xutrain.launch.plan import Forecast
+from xutrain.loops.clients import Bench, ClientData, Kept, Shard, shards
+from xutrain.loops.uplink import BUFFERS, Sent, Uplink
+from xutrain.methods.codecs.base import Codec
+from xutrain.methods.federate.base import Federation, FederatedMethod, Reply, Round, State
+
+
+@dataclass
+class Job:
+    """The parts of a run, built from its recipe; the mutable half is what a checkpoint holds.
+
+    Attributes:
+        server: the method's server state, equal on every process.
+        kept: what the hosted clients keep.
+        taken: local steps that each client has done so far, all clients.
+        buffers: the server's batch-norm statistics.
+        seen: round and metrics of every measurement so far.
+    """
+
+    task: Task
+    replica: Replica
+    bench: Bench
+    workers: Workers
+    uplink: Uplink
+    method: FederatedMethod
+    parts: list[Shard]
+    policy: str
+    server: State
+    buffers: Tensor
+    taken: list[int]
+    kept: dict[int, Kept] = field(default_factory=dict)
+    seen: list[dict[str, float]] = field(default_factory=list)
+
+
+def samples_of(task: Task) -> Samples:
+    """What a partition may know of a task."""
+    labels = None if task.labels is None else task.labels.numpy()
+    return Samples(task.num_train, labels, None if task.sites is None else task.sites.numpy())
+
+
+def build(recipe: Any, ctx: Context) -> Job:
+    """Data, partition, model, codec and method of a recipe, equal on every process."""
+    task: Task = registry.load("dataset", recipe.data.name).build(recipe.data, recipe.seed)
+    clients: int = recipe.clients.count
+    cls = registry.load("method", recipe.method.name, verb="federate")
+    rule = registry.load("partition", recipe.partition.name)
+    dealt = deal(rule, recipe.partition, samples_of(task), clients, task.num_classes, Key(recipe.seed, "partition").numpy())
+    parts = shards(dealt, recipe.clients, recipe.train, recipe.seed, pooled=cls.pooled)
+    if recipe.clients.steps == "own" and not cls.own_steps:
+        raise RecipeError(Issue("clients.steps", f"{recipe.method.name} needs clients that do equally many steps", "own", "use clients.steps=equal"))
+    ctx.seed_torch("init")
+    module: nn.Module = registry.load("model", recipe.model.name).build(recipe.model, task).to(ctx.device)
+    module.train()
+    replica = Replica(module)
+    workers = ctx.workers(clients)
+    codec = registry.load("codec", recipe.codec.name)(recipe.codec, workers=recipe.per_round)
+    if type(codec).combine is not Codec.combine:
+        hint = "choose a codec whose messages are averaged; all: xutrain ls codecs"
+        raise RecipeError(Issue("codec.name", "takes a vote over messages, which a weighted average of clients is not", recipe.codec.name, hint))
+    federation = Federation(clients, _weights(recipe, dealt), recipe.per_round < clients, recipe.seed, tuple((s.name, s.start, s.stop) for s in replica.layout))
+    method: FederatedMethod = cls(recipe.method, federation)
+    theta = workers.broadcast(replica.read())  # rank 0's weights, whatever the others drew
+    buffers = workers.broadcast(replica.buffers()) if replica.num_buffer_elements else replica.buffers()
+    bench = Bench(task, replica, ctx, recipe.train, recipe.eval.batch_size)
+    uplink = Uplink(ctx, workers, codec, recipe.uplink.error_feedback, silent=cls.silent)
+    policy = "none" if not replica.num_buffer_elements else "local" if cls.silent else recipe.train.buffers
+    return Job(task, replica, bench, workers, uplink, method, parts, policy, method.server_state(theta), buffers, [0] * clients)
+
+
+def _weights(recipe: Any, dealt: list[Any]) -> tuple[float, ...]:
+    """p_k of every client."""
+    if recipe.clients.weights == "equal":
+        return (1 / len(dealt),) * len(dealt)
+    total = sum(len(part) for part in dealt)
+    return tuple(len(part) / total for part in dealt)
+
+
+def plan_round(recipe: Any, job: Job, index: int) -> Round:
+    """Who takes part in a round, with which weights and learning rate, before the method has its say."""
+    clients: int = recipe.clients.count
+    chosen: tuple[int, ...] = (0,) if job.method.pooled else tuple(range(clients))
+    if not job.method.pooled and recipe.per_round < clients:
+        order = torch.randperm(clients, generator=Key(recipe.seed, "clients", index).generator())
+        chosen = tuple(sorted(order[: recipe.per_round].tolist()))
+    weights = [job.method.federation.weights[k] for k in chosen]
+    if len(chosen) < clients:
+        weights = [w / sum(weights) for w in weights]
+    passes = job.parts[0].steps / job.parts[0].per_pass  # passes of a round: what an epoch is for the schedule
+    lr = recipe.train.lr * factor(recipe.schedule, index, recipe.train.rounds, max(1, round(1 / passes)))
+    return Round(index, lr, chosen, tuple(job.parts[k].steps for k in chosen), tuple(weights))
+
+
+def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
+    """Train, measure, record; returns the final metrics.
+
+    Raises:
+        RecipeError: a partition or a combination that cannot be trained, before the first round.
+        Diverged: a client's answer is not finite.
+        Stopped: asked to stop; the state is saved.
+    """
+    job = build(recipe, ctx)
+    checkpoints = Checkpoints(record.folder, recipe.checkpoint, ctx, record.note)
+    stop = Stop(record.folder, ctx)
+    saved = checkpoints.latest()
+    first = _restore(job, saved, ctx, record) if saved else 0
+    rounds: int = recipe.train.rounds
+    if first == 0 and ctx.is_main:
+        _write_partition(record, job)
+
+    for index in range(first, rounds):
+        if stop.requested(index):
+            _save(checkpoints, job, ctx, index)
+            raise Stopped(Issue(str(record.folder), f"stopped after round {index} of {rounds}", has_value=False))
+        setting = job.method.configure(job.server, plan_round(recipe, job, index))
+        measured = play(job, setting)
+
+        done = index + 1
+        record.progress(done, rounds, unit="round", loss=measured["local_loss"])
+        if done % recipe.log.every == 0 or done == rounds:
+            record.log(done, {**measured, "lr": setting.lr}, split="train", round=done)
+        if done % recipe.eval.every == 0 or done == rounds:
+            job.seen.append({"round": done, **measure(job, ctx, "test")})
+            record.log(done, {k: v for k, v in job.seen[-1].items() if k != "round"}, round=done)
+        if checkpoints.due(done) and done < rounds:
+            _save(checkpoints, job, ctx, done)
+
+    final = {**measure(job, ctx, "train"), **{k: v for k, v in job.seen[-1].items() if k != "round"}}
+    if first < rounds or saved is None:
+        record.log(rounds, {k: v for k, v in final.items() if k.startswith("train")}, round=rounds)
+        _save(checkpoints, job, ctx, rounds)
+    return {**final, **_over_rounds(job.seen)}
+
+
+def play(job: Job, setting: Round) -> dict[str, float]:
+    """One round: every exchange of every client in ``setting``, merged in the order of clients. Returns measures of the round."""
+    gathered: dict[str, float] = {}
+    for exchange in range(job.method.exchanges):
+        last = exchange == job.method.exchanges - 1
+        merged = _Merged(job, setting, exchange, last)
+        job.method.merge(job.server, setting, merged.replies(), exchange)
+        gathered.update(merged.finish())
+    for client, steps in zip(setting.clients, merged.steps, strict=True):
+        job.taken[client] += steps
+    job.uplink.settle()
+    return gathered
+
+
+class _Merged:
+    """The replies of one exchange on their way to ``merge``; what travels beside the method's own vectors is taken out here."""
+
+    def __init__(self, job: Job, setting: Round, exchange: int, last: bool) -> None:
+        self.job, self.setting, self.exchange, self.last = job, setting, exchange, last
+        self.buffers = torch.zeros_like(job.buffers)
+        self.measures: dict[str, float] = {}
+        self.steps: list[int] = []
+
+    def replies(self) -> Iterator[Reply]:
+        weights = dict(zip(self.setting.clients, self.setting.weights, strict=True))
+        for reply, loss in self.job.uplink.stream(self.setting.clients, self.work):
+            reply.weight = weights[reply.client]
+            buffers = reply.tensors.pop(BUFFERS, None)
+            if buffers is not None:
+                self.buffers.add_(buffers, alpha=reply.weight)
+            self.steps.append(int(reply.measures.pop("steps")))
+            for name, value in {**reply.measures, "local_loss": loss}.items():
+                self.measures[name] = self.measures.get(name, 0.0) + reply.weight * value
+            yield reply
+
+    def work(self, client: int) -> Sent:
+        """One client's exchange, on the process that hosts it."""
+        job, setting = self.job, self.setting
+        ctx = job.bench.ctx
+        kept = job.kept.get(client)
+        if kept is None:
+            kept = Kept(job.method.client_state(client))
+        plan = job.method.plan(job.server, setting, client, self.exchange).copy()
+        job.uplink.count_plan(plan)
+        problem = ClientData(job.bench, client, job.parts[client], job.taken[client])
+        if job.policy != "none":
+            start = kept.buffers if job.policy == "local" and kept.buffers is not None else job.buffers
+            job.replica.load_buffers(start)
+            if job.policy == "mean" and self.exchange == 0:
+                job.uplink.count_buffers(start.numel())
+        ctx.seed_torch(f"local/{self.exchange}", setting.index, client)
+        reply = job.method.step(kept.state, plan, problem)
+        reply.client = client
+        reply.measures["steps"] = plan.steps
+        if self.last and job.policy != "none":
+            end = job.replica.buffers()
+            reply.tensors[BUFFERS] = end
+            if job.policy == "local":
+                kept.buffers = end
+        tolerant, counted = job.method.tolerant, job.policy == "mean"
+        sent = job.uplink.send(reply, kept, setting.index, self.exchange, problem.mean_loss, tolerant=tolerant, count_buffers=counted)
+        if kept.state or kept.residual or kept.buffers is not None:
+            job.kept[client] = kept
+        return sent
+
+    def finish(self) -> dict[str, float]:
+        """Install the merged statistics; the weighted means of what the clients measured."""
+        assert len(self.steps) == len(self.setting.clients), "a method must use up its stream of replies"
+        if self.last and self.job.policy != "none":
+            self.job.buffers = self.buffers
+        return {name: value for name, value in self.measures.items() if value == value}
+
+
+def forecast(recipe: Any) -> Forecast:
+    """Rounds and bits of a recipe in closed form, without running it; equal to the meter's count afterwards."""
+    job = build(recipe, Context(recipe.seed))
+    rounds, numel = recipe.train.rounds, job.replica.numel
+    parts: dict[str, list[int]] = {}
+    previous: float | None = None
+    for index in range(rounds if not job.method.silent else 0):
+        setting = plan_round(recipe, job, index)
+        count = len(setting.clients)
+        traffic = job.method.traffic(numel, previous)
+        for name, numbers in traffic.down.items():
+            parts.setdefault(name, [0, 0])[1] += count * 32 * numbers
+        for name, numbers in traffic.up.items():
+            bits = 32 * numbers if job.uplink.dense else job.uplink.codec.payload_bits(numbers)
+            parts.setdefault(name, [0, 0])[0] += count * bits
+        for name, numbers in traffic.answers.items():
+            parts.setdefault(name, [0, 0])[0] += count * 32 * numbers
+        if job.policy == "mean":
+            buffers = parts.setdefault(BUFFERS, [0, 0])
+            buffers[0] += count * 32 * job.buffers.numel()
+            buffers[1] += count * 32 * job.buffers.numel()
+        previous = setting.lr
+    steps = [s.steps for s in job.parts]
+    details = {
+        "parameters": numel,
+        "buffers": job.buffers.numel(),
+        "clients_per_round": 1 if job.method.pooled else recipe.per_round,
+        "local_steps": {"min": min(steps), "max": max(steps)},
+        "samples_per_client": {"min": min(len(s.train) for s in job.parts), "max": max(len(s.train) for s in job.parts)},
+        "parts": {name: {"up": up, "down": down} for name, (up, down) in sorted(parts.items())},
+    }
+    return Forecast(rounds, sum(p[0] for p in parts.values()), sum(p[1] for p in parts.values()), recipe.participants, details)
+
+
+def measure(job: Job, ctx: Context, split: str) -> dict[str, float]:
+    """Metrics of what is served: the server's model, or for a personal method the mean over the clients' own models."""
+    size = job.bench.eval_batch
+    if not job.method.personal:
+        job.bench.point(job.method.served(job.server, {}))
+        if job.policy != "none":
+            job.replica.load_buffers(job.buffers)
+        return {f"{split}_{name}": value for name, value in evaluate(job.replica.module, job.task, split, ctx, size).items()}
+    alone = Context(ctx.seed, device=ctx.device)
+    mine = []
+    for client in job.workers.hosted:
+        kept = job.kept.get(client) or Kept({}, None)
+        job.bench.point(job.method.served(job.server, kept.state))
+        if job.policy != "none":
+            job.replica.load_buffers(job.buffers if kept.buffers is None else kept.buffers)
+        mine.append(evaluate(job.replica.module, job.task, split, alone, size))
+    everyone = job.workers.objects(mine)
+    return {f"{split}_{name}": sum(m[name] for m in everyone) / len(everyone) for name in everyone[0]}
+
+
+def _over_rounds(seen: list[dict[str, float]]) -> dict[str, float]:
+    """Mean and best over the measured rounds of whatever is better when larger."""
+    names = [n for n in seen[-1] if n.startswith("test_") and not n.endswith("loss")]
+    return {
+        **{f"mean_{n}": sum(s[n] for s in seen) / len(seen) for n in names},
+        **{f"best_{n}": max(s[n] for s in seen) for n in names},
+    }
+
+
+def _write_partition(record: Record, job: Job) -> None:
+    """Which client holds how many samples of which class, as a table beside the run."""
+    labels = job.task.labels
+    rows = []
+    for client, shard in enumerate(job.parts):
+        row: dict[str, Any] = {"client": client, "samples": len(shard.train), "val": len(shard.val), "steps": shard.steps}
+        if labels is not None:
+            row["classes"] = torch.bincount(labels[shard.train], minlength=job.task.num_classes).tolist()
+        rows.append(row)
+    write_json(record.artefact("partition.json"), {"clients": rows})
+
+
+def _save(checkpoints: Checkpoints, job: Job, ctx: Context, index: int) -> None:
+    shared = {"server": job.server, "buffers": job.buffers, "taken": job.taken, "meter": ctx.meter.state(), "seen": job.seen}
+    if job.policy != "none":
+        job.replica.load_buffers(job.buffers)
+    workers = {client: kept.pack() for client, kept in job.kept.items()}
+    checkpoints.save(index, shared=shared, workers=workers, model=job.replica.named(job.method.served(job.server, {})))
+
+
+def _restore(job: Job, saved: Saved, ctx: Context, record: Record) -> int:
+    shared = saved.shared
+    job.server, job.buffers, job.taken, job.seen = shared["server"], shared["buffers"], list(shared["taken"]), list(shared["seen"])
+    job.kept = {client: Kept.unpack(saved.worker(client)) for client in saved.workers if client in job.workers.hosted}
+    ctx.meter.load_state(shared["meter"])
+    record.rewind(saved.step)
+    record.note(f"resumed from round {saved.step}")
+    return saved.step

@@ -1,0 +1,84 @@
+"""The recipe of `xutrain federate`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from xutrain.errors import Issue
+from xutrain.recipe.schema import Choice, Named, Options, Recipe, Schedule
+
+
+class Clients(Options):
+    """Who takes part."""
+
+    count: int = Field(16, ge=1, le=10**6, description="Clients K; the number of processes must divide it.")
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of the clients that take part in a round, drawn anew each round.")
+    weights: Literal["equal", "samples"] = Field("equal", description="p_k in the average: 1/K, or the client's share of the samples.")
+    steps: Literal["equal", "own"] = Field(
+        "equal", description="equal: all do the smallest client's number of steps, its rest is drawn anew each pass; own: each client its own number."
+    )
+    val_fraction: float = Field(0.0, ge=0, lt=1, description="Part of each client's samples that it keeps aside for validation of its own.")
+
+
+class FederatedTrain(Options):
+    """How long, and what a local step is."""
+
+    rounds: int = Field(ge=1, le=10**8, description="Rounds R.")
+    local_epochs: float = Field(1.0, gt=0, le=1e5, description="Passes E over the client's samples in a round; 0.5 goes on where it stopped.")
+    local_steps: int | None = Field(None, ge=1, le=10**8, description="Local steps P of a round; wins over local_epochs.")
+    batch_size: int = Field(32, ge=1, le=10**7, description="Samples of a local step.")
+    lr: float = Field(0.1, gt=0, le=1e6, description="Local learning rate at the schedule's factor 1.")
+    weight_decay: float = Field(0.0, ge=0, le=1e3, description="L2 penalty, part of the local gradient.")
+    clip_norm: float | None = Field(None, gt=0, description="Clip each local gradient to this L2 norm.")
+    buffers: Literal["mean", "local"] = Field(
+        "mean", description="Batch-norm statistics: mean of the clients' after a round, or each client its own (measured at their mean, which is not sent)."
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast the forward pass; weights stay fp32.")
+
+
+class FederatedEval(Options):
+    """When the server's model is measured. The last round always is."""
+
+    every: int = Field(1, ge=1, description="Rounds between measurements on the test split.")
+    batch_size: int = Field(500, ge=1, description="Samples per forward pass.")
+
+
+class Uplink(Options):
+    """What happens to a client's vectors before they travel; the codec is chosen beside it."""
+
+    error_feedback: Literal["auto", "always", "never"] = Field(
+        "auto", description="Add what the codec lost last time; auto: where the codec is contractive and biased."
+    )
+
+
+class FederateRecipe(Recipe):
+    """`xutrain federate`: DOMO, FedSM, Auto-FedRL and their baselines."""
+
+    data: Annotated[Named, Choice("dataset")]
+    model: Annotated[Named, Choice("model")]
+    partition: Annotated[Named, Choice("partition", default="similarity")]
+    clients: Clients = Clients()
+    train: FederatedTrain
+    schedule: Schedule = Schedule()
+    eval: FederatedEval = FederatedEval()
+    method: Annotated[Named, Choice("method", default="domo")]
+    codec: Annotated[Named, Choice("codec", default="fp")]
+    uplink: Uplink = Uplink()
+
+    @property
+    def participants(self) -> int:
+        return self.clients.count
+
+    @property
+    def participants_key(self) -> str:
+        return "clients.count"
+
+    @property
+    def per_round(self) -> int:
+        """How many clients take part in a round."""
+        return max(1, round(self.clients.fraction * self.clients.count))
+
+    def issues(self) -> list[Issue]:
+        return [*super().issues(), *self.schedule.issues("schedule")]
