@@ -196,7 +196,7 @@ class Pipes:
         """Start counting a segment of ``batches`` batches of which ``ticks`` ticks are done."""
         for ends, counts in self._counts(ticks, batches):
             for k, end in ends.items():
-                end.posted = counts[k]
+                end.posted = end.sent = counts[k]
 
     def expect(self, ticks: int, batches: int) -> None:
         """Post receives for all that is sent within the first ``ticks`` ticks of the segment."""
@@ -213,6 +213,12 @@ class Pipes:
         up = {k + 1: end.drain() for k, end in self.activations.items() if not isinstance(end, Sender)}
         down = {k: end.drain() for k, end in self.gradients.items() if not isinstance(end, Sender)}
         return up, down
+
+    def check(self, batches: int) -> None:
+        """After a segment: every boundary carried one message a batch in each direction, and nothing is left."""
+        for end in (*self.activations.values(), *self.gradients.values()):
+            assert isinstance(end, Receiver) or end.sent == batches, f"{end.sent} messages of {end.name}, not {batches}"
+            assert not end.waiting, f"{len(end.waiting)} messages of {end.name} were not taken"
 
     def settle(self) -> None:
         """Wait until everything sent has been received."""

@@ -19,12 +19,13 @@ class Stop:
     A STOP file that holds a number asks to stop after that many steps (rounds); an empty one, at the next boundary.
     """
 
-    def __init__(self, folder: Path, ctx: Context) -> None:
+    def __init__(self, folder: Path, ctx: Context, every: int = _CHECK_EVERY) -> None:
         self.file = folder / "STOP"
         self._workers = ctx.workers(ctx.processes)
         self._signalled = False
         self._interrupts = 0
         self._calls = 0
+        self._every = every
         self._at = _NEVER
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
@@ -39,7 +40,7 @@ class Stop:
 
     def requested(self, step: int) -> bool:
         """Whether to save and stop now that ``step`` steps are done; the same answer on every process."""
-        if self._calls % _CHECK_EVERY == 0 or self._workers.processes == 1:
+        if self._calls % self._every == 0 or self._workers.processes == 1:
             self._at = self._workers.least(self._wish(step))
         self._calls += 1
         return step >= self._at
