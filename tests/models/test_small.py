@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
+from shaped_models import build, check_chain, count
 
-from xutrain import registry
-from xutrain.data.base import Task
 from xutrain.errors import RecipeError
-from xutrain.models.chain import Chain
-
-
-def task(shape: tuple[int, ...] = (3, 32, 32), classes: int = 10) -> Task:
-    return cast(Task, SimpleNamespace(name="task", input_shape=shape, num_classes=classes))
-
-
-def build(name: str, shape: tuple[int, ...] = (3, 32, 32), classes: int = 10, **options: Any) -> Chain:
-    cls = registry.load("model", name)
-    return cls.build(cls.Options(name=name, **options), task(shape, classes))
-
-
-def count(net: torch.nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())
 
 
 @pytest.mark.parametrize(
@@ -56,17 +40,7 @@ def test_mlp_without_hidden_layers_is_the_linear_model() -> None:
 @pytest.mark.parametrize(("name", "options"), [("mlp", {"dropout": 0.5}), ("cnn", {}), ("resnet_cifar", {"depth": 14, "width": 4})])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 28)])
 def test_layers_compose_to_the_forward_pass(name: str, options: dict[str, Any], shape: tuple[int, ...]) -> None:
-    net = build(name, shape, **options).eval()
-    x = torch.randn(2, *shape)
-    before, y = x.clone(), x
-    for layer in net.layers():
-        kept = y.clone()
-        out = layer(y)
-        assert torch.equal(y, kept), "a layer changed its input"
-        y = out
-    assert torch.equal(net(x), y) and y.shape == (2, 10) and torch.equal(x, before)
-    y.sum().backward()
-    assert all(p.grad is not None for p in net.parameters())
+    check_chain(build(name, shape, **options), shape)
 
 
 def test_initial_weights_come_from_the_global_generator() -> None:
