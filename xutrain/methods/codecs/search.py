@@ -81,7 +81,7 @@ def middle(rows: SortedRows, left: Cuts, right: Cuts) -> Cuts:
     m = right.hi - left.lo
     area = rows.below(right.hi) - rows.below(left.lo) - m * left.value
     q = torch.ceil(m - area / (right.value - left.value))
-    q = torch.where(q >= 1, q, 1.0).long()  # also where b_l = b_r made it NaN
+    q = torch.where(q >= 1, q, 1.0).clamp(max=rows.n).long()  # 1 also where b_l = b_r made it NaN
     position = (left.lo + torch.minimum(q, m.clamp(min=1)) - 1).clamp(max=rows.n - 1)
     return at_positions(rows, position)
 
