@@ -29,6 +29,12 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
 
+    def chunks(self, count: int) -> list[Batch]:
+        """The batch cut into ``count`` equal parts, for gradient accumulation."""
+        if count == 1:
+            return [self]
+        return [Batch(i, t) for i, t in zip(self.inputs.chunk(count), self.targets.chunk(count), strict=True)]
+
 
 class Task:
     """A supervised task. A data set's class has ``Options`` and a static ``build(options, seed) -> Task``.
@@ -41,6 +47,7 @@ class Task:
         num_train: number of training samples.
         labels: int64 of shape (num_train,) where the task has classes (partitions need it), else None.
         sites: int64 of shape (num_train,), the natural owner of each sample (hospital, writer), else None.
+        watched, measured: splits that are evaluated during a run, and at its end.
     """
 
     name: str
@@ -50,6 +57,8 @@ class Task:
     num_train: int
     labels: Tensor | None = None
     sites: Tensor | None = None
+    watched: tuple[str, ...] = ("test",)
+    measured: tuple[str, ...] = ("train", "test")
 
     def batch(self, indices: Tensor, key: Key) -> Batch:
         """Training samples ``indices`` (int64, shape (b,)), augmented with randomness of ``key``."""
@@ -73,6 +82,10 @@ class Task:
         loss = nn.functional.cross_entropy(outputs, batch.targets, reduction="sum")
         hits = (outputs.argmax(dim=1) == batch.targets).sum()
         return {"loss": (float(loss), n), "accuracy": (float(hits), n)}
+
+    def named_scores(self, split: str, scores: dict[str, float]) -> dict[str, float]:
+        """The metrics of a split under the names that records use."""
+        return {f"{split}_{metric}": value for metric, value in scores.items()}
 
     def steps_per_epoch(self, global_batch_size: int) -> int:
         """Full batches in one pass; at least one."""

@@ -34,6 +34,8 @@ class Replica:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._parameters = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        everyone = list(module.named_parameters(remove_duplicate=False))
+        self._aliases = {name: [other for other, q in everyone if q is p] for name, p in self._parameters}
         self.layout = _slices([(n, p) for n, p in self._parameters])
         self.numel = self.layout[-1].stop if self.layout else 0
         self._buffers = [(n, b) for n, b in module.named_buffers() if b.is_floating_point() and b.numel()]
@@ -72,7 +74,8 @@ class Replica:
         """The module's state dict with the parameters taken from ``vector``: what a checkpoint or an export holds."""
         state = {name: value.detach() for name, value in self.module.state_dict().items()}
         for part in self.layout:
-            state[part.name] = vector[part.start : part.stop].view(part.shape)
+            value = vector[part.start : part.stop].view(part.shape)
+            state.update({name: value for name in self._aliases[part.name]})  # a tied weight has several names
         return state
 
 

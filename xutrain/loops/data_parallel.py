@@ -72,6 +72,8 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
     stop = Stop(record.folder, ctx)
     saved = checkpoints.latest()
     first = _restore(job, saved, ctx, record) if saved else 0
+    for text in job.method.notes():
+        record.note(text)
     every = recipe.eval.every or (max(1, round(recipe.eval.every_epochs * job.steps_per_epoch)) if recipe.eval.every_epochs else None)
 
     for step in range(first, job.steps):
@@ -94,11 +96,11 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
             mean = sum(job.workers.objects(losses)) / job.workers.count
             record.log(done, {"batch_loss": mean, "lr": lr, **job.method.diagnostics()}, split="train", epoch=done / job.steps_per_epoch)
         if every and done % every == 0 and done < job.steps:
-            record.log(done, _measure(recipe, job, ctx, ("test",)), epoch=done / job.steps_per_epoch)
+            record.log(done, _measure(recipe, job, ctx, job.task.watched), epoch=done / job.steps_per_epoch)
         if checkpoints.due(done) and done < job.steps:
             _save(checkpoints, job, ctx, done)
 
-    metrics = _measure(recipe, job, ctx, ("train", "test"))
+    metrics = _measure(recipe, job, ctx, job.task.measured)
     if first < job.steps or saved is None:
         record.log(job.steps, metrics, epoch=job.steps / job.steps_per_epoch)
         _save(checkpoints, job, ctx, job.steps)
@@ -135,12 +137,16 @@ def _gradient(recipe: Any, ctx: Context, job: Job, slot: int, worker: int, step:
     replica.zero_grad()
     batch = job.task.draw(step, worker, job.workers.count, recipe.train.batch_size, recipe.seed).to(ctx.device)
     ctx.seed_torch("dropout", step, worker)
-    with _precision(recipe.train.precision, ctx):
-        loss = job.task.loss(replica.module(batch.inputs), batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    total = 0.0
+    for part in batch.chunks(recipe.train.accumulate):
+        with _precision(recipe.train.precision, ctx):
+            loss = job.task.loss(replica.module(part.inputs), part) / recipe.train.accumulate
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
     if replica.num_buffer_elements:
         job.buffers[slot] = replica.buffers()
-    return float(loss.detach()), clip_norm(replica.grad(), recipe.train.clip_norm)
+    grad = replica.grad()
+    return total, grad if job.method.clips_itself else clip_norm(grad, recipe.train.clip_norm)
 
 
 def _precision(precision: str, ctx: Context) -> Any:
@@ -176,7 +182,7 @@ def _measure(recipe: Any, job: Job, ctx: Context, splits: tuple[str, ...]) -> di
         job.replica.point(theta)
         for split in splits:
             scores = evaluate(job.replica.module, job.task, split, ctx, recipe.eval.batch_size)
-            values.update({f"{split}_{metric}" + (f"_{name}" if i else ""): value for metric, value in scores.items()})
+            values.update({metric + (f"_{name}" if i else ""): value for metric, value in job.task.named_scores(split, scores).items()})
     return values
 
 

@@ -50,6 +50,9 @@ class DataParallel:
     class Options(Named):
         pass
 
+    #: the method clips by train.clip_norm itself (after averaging); else the loop clips each worker's gradient
+    clips_itself = False
+
     def __init__(self, options: Any, setup: Setup) -> None:
         self.options = options
         self.setup = setup
@@ -79,6 +82,10 @@ class DataParallel:
     def load_state(self, shared: dict[str, Any], worker: Callable[[int], dict[str, Any]]) -> None:
         """Take a checkpoint's state back; ``worker(w)`` gives that of any logical worker."""
         self.x = shared["x"].clone()
+
+    def notes(self) -> list[str]:
+        """What a reader of the result must know about this choice of options; written before training starts."""
+        return []
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers worth a curve beside the losses (residual norms, adaptive coefficients); the same on every process."""

@@ -52,7 +52,9 @@ class Schedule(Options):
     milestones: list[float] = Field(default_factory=list, description="step: fractions of the run after which gamma is applied once more")
     gamma: float = Field(0.1, gt=0, le=1, description="step: factor applied at each milestone")
     warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up from 1/n to 1 over this many epochs")
+    warmup_steps: int | None = Field(None, ge=0, description="linear warm-up in steps; wins over warmup_epochs")
     floor: float = Field(0.0, ge=0, le=1, description="cosine, linear: factor at the end of the run")
+    decay_steps: int | None = Field(None, ge=1, description="cosine, linear: step at which the floor is reached; null: the end of the run")
 
     def issues(self, where: str) -> list[Issue]:
         bad = [m for m in self.milestones if not 0 < m < 1] or (self.milestones if sorted(self.milestones) != self.milestones else [])
@@ -68,6 +70,7 @@ class Train(Options):
     epochs: float | None = Field(None, gt=0, le=1e6, description="passes over the training data; or give steps")
     steps: int | None = Field(None, ge=1, le=10**12, description="optimizer steps; wins over epochs")
     batch_size: int = Field(32, ge=1, le=10**7, description="samples per worker and step")
+    accumulate: int = Field(1, ge=1, le=10**6, description="split a worker's batch into this many forward passes and add their gradients")
     clip_norm: float | None = Field(None, gt=0, description="clip each worker's gradient to this L2 norm")
     buffers: Literal["mean", "first", "local"] = Field(
         "mean", description="batch-norm statistics: averaged over workers each step, worker 0's, or each worker's own"
@@ -77,6 +80,8 @@ class Train(Options):
     def issues(self, where: str) -> list[Issue]:
         if self.epochs is None and self.steps is None:
             return [Issue(where, "says neither epochs nor steps", hint=f"set {where}.epochs=10 or {where}.steps=1000", has_value=False)]
+        if self.batch_size % self.accumulate:
+            return [Issue(f"{where}.accumulate", f"does not divide {where}.batch_size={self.batch_size}", self.accumulate)]
         return []
 
 
