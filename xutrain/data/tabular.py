@@ -164,7 +164,7 @@ def _number(cell: str, path: Path, at: int, column: str) -> float:
         raise DataError(Issue(f"{path}:{at + 2}", f"column {column} is not a number", cell)) from None
 
 
-MISSING = frozenset({"", "na", "nan", "null", "none", "?"})
+MISSING = frozenset({"", "na", "nan", "null", "?"})
 
 
 def fit_preprocessing(
@@ -202,7 +202,7 @@ def fit_preprocessing(
 
 
 def apply_preprocessing(columns: dict[str, list[str]], steps: dict[str, Any], where: str) -> tuple[NDArray[np.float64], list[str]]:
-    """Standardised dense block and its column names; unseen levels are all zeros before standardising. Raises DataError for other columns."""
+    """Standardised dense block and its column names; unseen levels are zeros. Raises DataError for other columns."""
     if list(columns) != list(steps["columns"]):
         missing = [c for c in steps["columns"] if c not in columns]
         extra = [c for c in columns if c not in steps["columns"]]

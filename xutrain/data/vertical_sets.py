@@ -13,6 +13,7 @@ from scipy import sparse
 from xutrain.data.tabular import (
     Matrix,
     PartyBlock,
+    Table,
     VerticalData,
     align,
     apply_preprocessing,
@@ -137,25 +138,28 @@ class PartyFiles:
     @staticmethod
     def build(options: PartyFiles.Options, seed: int = 0) -> VerticalData:
         tables = {name: read_csv(Path(path), options.id, options.label) for name, path in options.files.items()}
-        holders = [name for name, table in tables.items() if table.label is not None]
-        if len(holders) != 1:
-            raise DataError(Issue("data.label", f"the column must be in exactly one party's file; it is in {len(holders)}", options.label))
-        ids, order, report = align(tables)
-        test = split_rows(ids, options.test_fraction)
-        holder = tables[holders[0]]
-        y = label_values(holder, options.task, options.label)[order[holders[0]]]
-        blocks = []
-        for name, table in tables.items():
-            columns = {c: [cells[i] for i in order[name]] for c, cells in table.columns.items()}
-            train_rows = np.flatnonzero(~test)
-            steps = fit_preprocessing(columns, options.missing, train_rows, table.path, [int(i) for i in order[name]])
-            x, names = apply_preprocessing(columns, steps, str(table.path))
-            if options.intercept and name == holders[0]:
-                x, names = np.hstack([x, np.ones((len(x), 1))]), [*names, "intercept"]
-            blocks.append(PartyBlock(name, names, np.ascontiguousarray(x[~test]), np.ascontiguousarray(x[test]), steps))
-        classes = int(y.max()) + 1 if options.task == "classes" else 0
-        notes = [f"{name}: {r['rows']} rows, {r['matched']} matched, {r['dropped']} dropped" for name, r in report.items()]
-        return VerticalData("party_files", blocks, y[~test], y[test], options.task, holders[0], classes, notes=notes)
+        return joined("party_files", tables, options.label, options.task, options.missing, options.intercept, options.test_fraction)
+
+
+def joined(name: str, tables: dict[str, Table], label: str, task: str, missing: str, intercept: bool, test_fraction: float) -> VerticalData:
+    """Tables of several parties on their common ids, each one-hot coded and standardised by its own party. Raises DataError."""
+    holders = [party for party, table in tables.items() if table.label is not None]
+    if len(holders) != 1:
+        raise DataError(Issue("data.label", f"the column must be in exactly one party's file; it is in {len(holders)}", label))
+    ids, order, report = align(tables)
+    test = split_rows(ids, test_fraction)
+    y = label_values(tables[holders[0]], task, label)[order[holders[0]]]
+    blocks = []
+    for party, table in tables.items():
+        columns = {c: [cells[i] for i in order[party]] for c, cells in table.columns.items()}
+        steps = fit_preprocessing(columns, missing, np.flatnonzero(~test), table.path, [int(i) for i in order[party]])
+        x, names = apply_preprocessing(columns, steps, str(table.path))
+        if intercept and party == holders[0]:
+            x, names = np.hstack([x, np.ones((len(x), 1))]), [*names, "intercept"]
+        blocks.append(PartyBlock(party, names, np.ascontiguousarray(x[~test]), np.ascontiguousarray(x[test]), steps))
+    classes = int(y.max()) + 1 if task == "classes" else 0
+    notes = [f"{party}: {r['rows']} rows, {r['matched']} matched, {r['dropped']} dropped" for party, r in report.items()]
+    return VerticalData(name, blocks, y[~test], y[test], task, holders[0], classes, notes=notes)
 
 
 @dataset("libsvm", verbs=("vertical",), summary="LIBSVM text files, cut into contiguous blocks of columns")

@@ -55,7 +55,7 @@ class SafeSum:
         return self.trees.hops if self.trees else 1
 
     def send(self, party: int, value: NDArray[np.float64], requester: int, request: int) -> NDArray:
-        """What ``party`` emits for a request: (1, m) float64 or ring elements, or (2, m) masked values and masks; the requester's own is bare."""
+        """What ``party`` emits for a request: (1, m) float64 or ring elements, or (2, m) with masks; the requester's own is bare."""
         flat = value.ravel()
         if self.mode == "plain":
             return flat[None]
@@ -124,7 +124,7 @@ class SafeSum:
         if totals >= smallest_other:
             said.append(
                 f"each requester ({', '.join(label_holders)}) sees {math.ceil(totals)} totals per sample and the others hold "
-                f"{smallest_other} columns: with as many totals as columns, and that many known customers, the others' features can be solved for "
-                "(xutrain vertical audit --attack totals)"
+                f"{smallest_other} columns: with as many totals as columns, and that many known customers, the others' features can be "
+                "solved for (xutrain vertical audit --attack totals)"
             )
         return said
