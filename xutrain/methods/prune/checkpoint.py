@@ -1,0 +1,356 @@
+"""Prune a checkpoint folder into another one, layer by layer and expert by expert, from disk to disk.
+
+    from xutrain.methods.prune.checkpoint import prune_checkpoint
+    report = prune_checkpoint("Mixtral-8x7B-v0.1", "pruned", tokens, method="moe_pruner", sparsity=0.5)
+
+Per layer: attention and router once (they are not pruned, so they are the same before and after), then each expert is
+read, measured, cut, written and forgotten, and its pruned output is added to the hidden states that the next layer sees
+(``propagate="dense"``: the dense output, the paper's printed Algorithm 1). In memory: the hidden states, one layer's
+attention, one expert.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from xutrain.engine.rng import Key
+from xutrain.engine.workers import Workers
+from xutrain.errors import DataError, Issue, Stopped, UsageError
+from xutrain.methods.prune.base import ROLES, Expert, Routing, WeightMethod
+from xutrain.methods.prune.expert import Outcome, Row, decide, prune_expert, share_dropped, store
+from xutrain.methods.prune.journal import Journal, identity
+from xutrain.methods.prune.load_balance import coefficient_of_variation, loads
+from xutrain.methods.prune.masks import Pattern
+from xutrain.methods.prune.sums import SumsReader, SumsWriter
+from xutrain.models.decoder import Layer, Rotary, attention_config, load_layer
+from xutrain.models.moe import Architecture
+from xutrain.models.shards import DTYPES, Source, Target
+
+Progress = Callable[[int, int], bool]
+
+
+@dataclass
+class Report:
+    """Outcome of a pruning: one dict per expert (see ``Row``), one per layer (router load), and whether it was already there."""
+
+    folder: Path
+    experts: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    already: bool = False
+
+    @property
+    def sparsity(self) -> float:
+        """Share of expert weights that are zeroed (experts are of one size)."""
+        return sum(r["sparsity"] for r in self.experts) / max(1, len(self.experts))
+
+    @property
+    def fallbacks(self) -> list[str]:
+        return [f"layer {r['layer']} expert {r['expert']} ({r['tokens']} tokens)" for r in self.experts if r["fallback"]]
+
+    @property
+    def error(self) -> float:
+        """Mean relative output error of the experts that saw tokens."""
+        seen = [r["error"] for r in self.experts if r["error"] is not None]
+        return sum(seen) / max(1, len(seen))
+
+
+def prune_checkpoint(
+    folder: str | Path,
+    out: str | Path,
+    tokens: Tensor,
+    *,
+    method: str | dict[str, Any] | WeightMethod = "moe_pruner",
+    sparsity: float = 0.5,
+    pattern: str = "unstructured",
+    propagate: Literal["pruned", "dense"] = "pruned",
+    rescale: bool = False,
+    seed: int = 0,
+    batch: int = 8,
+    chunk: int = 8192,
+    compute: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    workers: Workers | None = None,
+    save_sums: str | Path | None = None,
+    from_sums: str | Path | None = None,
+    save_every: int = 1,
+    progress: Progress | None = None,
+) -> Report:
+    """Prune the experts of a Mixtral, Qwen2-MoE, OLMoE or DeepSeek-V2 checkpoint (or the MLPs of a Llama).
+
+    Args:
+        folder: the dense checkpoint (config.json and safetensors); only read.
+        out: new folder; same tensor names, same shards, dropped weights zero. An interrupted pruning in it is continued.
+        tokens: calibration token ids, int64 (sequences, length), without padding.
+        method: a name, a name with options as a mapping, or an object.
+        sparsity: share of each group that goes, for ``pattern="unstructured"``; ``pattern="2:4"`` keeps two of four.
+        propagate: whose output the next layer is calibrated with.
+        rescale: fold one factor per output row into the pruned matrices (ours).
+        batch, chunk: sequences per attention pass, tokens per expert pass; they bound memory, and fix the order of sums.
+        compute, device: of the calibration pass. Weights are stored in the checkpoint's dtype.
+        workers: one logical worker per process; None is a single process.
+        save_sums, from_sums: folder to which the calibration sums go, or from which they come (then no calibration is run).
+        save_every: layers between saved hidden states, from which an interrupted run continues.
+        progress: called after each layer with (layers done, layers); returning True stops with ``Stopped``.
+
+    Raises:
+        DataError: a damaged checkpoint, tokens outside the vocabulary. UsageError: the output folder is taken.
+        RecipeError: an impossible pattern. Failed: the disk is full.
+    """
+    source_folder, target_folder = Path(folder), Path(out)
+    check_folders(source_folder, target_folder)
+    arch, source = Architecture.read(source_folder), Source(source_folder)
+    source.need(n for layer in range(arch.layers) for n in arch.expert_names(layer))
+    how = Pattern.parse(pattern, sparsity)
+    for role, columns in (("gate", arch.hidden), ("down", arch.ffn)):
+        how.check(columns, arch.expert_name(arch.pruned_layers[0], 0, role))
+    part = method if isinstance(method, WeightMethod) else weight_method(method)
+    check_tokens(tokens, arch)
+    known = {"method": part.options.model_dump(), "pattern": how.name, "sparsity": how.sparsity, "propagate": propagate, "rescale": rescale}
+    known |= {"seed": seed, "batch": batch, "chunk": chunk, "compute": str(compute), "from_sums": str(from_sums) if from_sums else None}
+    journal = Journal(target_folder, identity(source, tokens, known))
+    if (done := journal.finished()) is not None:
+        return Report(target_folder, done["experts"], done["layers"], already=True)
+    run = _Run(arch, source, Target(target_folder, source.headers), part, how, journal)
+    run.propagate, run.rescale, run.seed, run.batch, run.chunk = propagate, rescale, seed, batch, chunk
+    run.compute, run.device, run.workers = compute, torch.device(device), workers or Workers(1)
+    run.save_every, run.progress = save_every, progress
+    run.writer = SumsWriter(Path(save_sums), arch, part, known) if save_sums else None
+    run.reader = SumsReader(Path(from_sums), arch, part) if from_sums else None
+    try:
+        with torch.no_grad():
+            return run.all(tokens, known)
+    finally:
+        source.close()
+        run.target.close()
+
+
+def weight_method(method: str | dict[str, Any]) -> WeightMethod:
+    """A weight-pruning method by name or mapping. Raises RecipeError for an unknown name or option."""
+    from xutrain.recipe.resolve import options
+
+    values = {"name": method} if isinstance(method, str) else dict(method)
+    part, chosen = options("method", str(values.pop("name", "")), values, "prune")
+    built = part(chosen)
+    if not isinstance(built, WeightMethod):
+        raise UsageError(Issue("method", "prunes whole experts; use drop_experts", values, "xutrain.methods.prune.drop.drop_experts"))
+    return built
+
+
+def check_folders(source: Path, out: Path) -> None:
+    """Raises UsageError when the output is the input, inside it, or around it."""
+    a, b = source.resolve(), out.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        hint = "choose a folder beside it; the input checkpoint is never written to"
+        raise UsageError(Issue("out", "the output folder is the input checkpoint, or lies inside or around it", str(out), hint))
+
+
+def check_tokens(tokens: Tensor, arch: Architecture) -> None:
+    """Raises DataError for calibration tokens that cannot be."""
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise DataError(Issue("calibration", "needs at least one sequence of two tokens", tuple(tokens.shape)))
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= arch.vocab:
+        hint = "were the tokens made with this model's tokenizer?"
+        raise DataError(Issue("calibration", f"token ids must lie in 0..{arch.vocab - 1}", (low, high), hint))
+
+
+class _Run:
+    """State of one pruning on one process."""
+
+    propagate: str
+    rescale: bool
+    seed: int
+    batch: int
+    chunk: int
+    compute: torch.dtype
+    device: torch.device
+    workers: Workers
+    save_every: int
+    progress: Progress | None
+    writer: SumsWriter | None
+    reader: SumsReader | None
+
+    def __init__(
+        self, arch: Architecture, source: Source, target: Target, method: WeightMethod, pattern: Pattern, journal: Journal
+    ) -> None:
+        self.arch, self.source, self.target = arch, source, target
+        self.method, self.pattern, self.journal = method, pattern, journal
+
+    @property
+    def main(self) -> bool:
+        return self.workers.rank == 0
+
+    def all(self, tokens: Tensor, known: dict[str, Any]) -> Report:
+        self.journal.open()
+        self.workers.barrier()  # every process has looked at the folder before one of them fills it
+        if self.main:
+            self.journal.start()
+            self.target.create()
+        self.workers.barrier()
+        self.copy_untouched()
+        first, hidden = self.journal.resume_at()
+        if self.reader is not None:
+            first, hidden = len(self.journal.layers), torch.empty(0)
+        if hidden is None:
+            hidden = self.source.read("model.embed_tokens.weight")[tokens].to(self.compute)
+        hidden = hidden.to(self.device)
+        config = attention_config(self.arch)
+        rotary = Rotary(self.arch, config, self.device)
+        for index in range(first, self.arch.layers):
+            rows, load = self.layer(index, hidden, config, rotary)
+            self.target.sync()
+            self.workers.barrier()
+            if self.main:
+                if self.reader is None and (index + 1) % self.save_every == 0 and index + 1 < self.arch.layers:
+                    self.journal.save_hidden(index + 1, hidden)
+                self.journal.add({"layer": index, "experts": [r.as_dict() for r in rows], "load": load})
+            stop = self.progress is not None and self.progress(index + 1, self.arch.layers)
+            if self.workers.any(stop) and index + 1 < self.arch.layers:
+                raise Stopped(Issue(str(self.journal.out), f"stopped after layer {index + 1} of {self.arch.layers}", has_value=False))
+        return self.finish(known)
+
+    def copy_untouched(self) -> None:
+        """Everything but expert matrices, bit by bit; shards are divided over the processes."""
+        touched = {n for layer in range(self.arch.layers) for n in self.arch.expert_names(layer)}
+        for i, file in enumerate(sorted(self.target.headers)):
+            if i % self.workers.processes == self.workers.rank and not self.journal.has("copied", file):
+                for name, entry in self.source.entries.items():
+                    if entry.file == file and name not in touched:
+                        self.target.copy(self.source, name)
+                self.target.sync()
+                if self.main:
+                    self.journal.add({"copied": file})
+
+    def layer(self, index: int, hidden: Tensor, config: Any, rotary: Rotary) -> tuple[list[Row], dict[str, Any]]:
+        """Prune one layer and move ``hidden`` (n, s, d) through it, in place."""
+        if self.reader is not None:
+            return self.from_sums(index), {}
+        layer = load_layer(self.arch, self.source, index, config, self.compute, self.device)
+        x = self.attend(layer, hidden, rotary)
+        if not self.arch.has_experts(index):
+            return [], {}
+        flat = hidden.view(-1, self.arch.hidden)
+        routing = self.route(layer, x)
+        rows: list[Row] = []
+        for e in range(0, self.arch.experts, self.workers.processes):
+            mine = e + self.workers.rank
+            outcome = self.expert(index, mine, x, routing) if mine < self.arch.experts else None
+            outputs = self.workers.gather([x.new_empty(0, x.shape[1]) if outcome is None else _given(outcome.output)])
+            for other, output in enumerate(outputs):  # in expert order, whatever the number of processes
+                if e + other < self.arch.experts:
+                    flat[routing.routed(e + other)[0]] += output
+            rows += [r for r in self.workers.objects([None if outcome is None else outcome.row]) if r is not None]
+        if self.writer is not None:
+            self.writer.layer(index, self.workers)
+        counts = loads(routing)
+        cv = {f"{k}_cv": coefficient_of_variation(v) for k, v in counts.items()}
+        return rows, {"layer": index, **{k: v.tolist() for k, v in counts.items()}, **cv}
+
+    def attend(self, layer: Layer, hidden: Tensor, rotary: Rotary) -> Tensor:
+        """Attention, residual, and what every token gets; returns the experts' input (T, d). Batches are divided over processes."""
+        starts = list(range(0, len(hidden), self.batch))
+        share = -(-len(starts) // self.workers.processes)
+        mine = starts[self.workers.rank * share : (self.workers.rank + 1) * share]
+        x = torch.empty_like(hidden)
+        for start in mine:
+            at = slice(start, start + self.batch)
+            h = layer.attend(hidden[at], rotary(hidden))
+            x[at] = layer.post_attention_layernorm(h)
+            if layer.sparse:
+                always = layer.block.always(x[at])
+                h = h if always is None else h + always
+            elif not self.arch.dense:
+                h = h + layer.mlp(x[at])
+            hidden[at] = h
+        if self.workers.processes > 1:
+            span = slice(mine[0], mine[-1] + self.batch) if mine else slice(0, 0)
+            for whole in (hidden, x):
+                whole.copy_(torch.cat(self.workers.gather([whole[span].clone()])))
+        return x.view(-1, self.arch.hidden)
+
+    def route(self, layer: Layer, x: Tensor) -> Routing:
+        if self.arch.dense:  # one expert that every token reaches
+            ones = x.new_ones(len(x), 1, dtype=torch.float32)
+            return Routing(torch.zeros_like(ones, dtype=torch.int64), ones, ones)
+        parts = [layer.block.route(piece) for piece in x.split(self.chunk)]
+        return Routing(*(torch.cat(p) for p in zip(*parts, strict=True)))
+
+    def expert(self, layer: int, e: int, x: Tensor, routing: Routing) -> Outcome:
+        outcome = prune_expert(
+            self.method,
+            self.read(layer, e),
+            self.stored(layer, e),
+            x,
+            routing,
+            (layer, e),
+            self.pattern,
+            Key(self.seed, "prune", layer, e),
+            rescale=self.rescale,
+            propagate=self.propagate,
+            chunk=self.chunk,
+            name=self.arch.expert_name(layer, e, "gate").rsplit(".", 2)[0],
+        )
+        self.write(layer, e, outcome.matrices)
+        if self.writer is not None:
+            self.writer.add(e, outcome.sums, outcome.row.tokens)
+        return outcome
+
+    def from_sums(self, layer: int) -> list[Row]:
+        """Cut a layer again from cached sums: no forward pass, no hidden states."""
+        assert self.reader is not None
+        rows: list[Row] = []
+        for e in range(self.arch.experts if self.arch.has_experts(layer) else 0):
+            if e % self.workers.processes == self.workers.rank:
+                expert = self.read(layer, e)
+                sums, tokens = self.reader.expert(layer, e)
+                on = {k: v.to(self.device, self.compute) for k, v in sums.items()}
+                cut, fallback = decide(self.method, expert, on, tokens, self.pattern, Key(self.seed, "prune", layer, e))
+                self.write(layer, e, store(cut, expert, self.stored(layer, e)))
+                rows.append(Row(layer, e, tokens, None, fallback, share_dropped(cut.masks), None))
+        found = [Row(**r) for block in self.workers.objects([[r.as_dict() for r in rows]]) for r in block]
+        return sorted(found, key=lambda r: r.expert)
+
+    def stored(self, layer: int, e: int) -> torch.dtype:
+        return DTYPES[self.source.entry(self.arch.expert_name(layer, e, "gate")).dtype]
+
+    def read(self, layer: int, e: int) -> Expert:
+        names = (self.arch.expert_name(layer, e, r) for r in ROLES)
+        return Expert(*(self.source.read(n).to(self.device, self.compute) for n in names))
+
+    def write(self, layer: int, e: int, matrices: dict[str, Tensor]) -> None:
+        for role, matrix in matrices.items():
+            self.target.write(self.arch.expert_name(layer, e, role), matrix)
+
+    def finish(self, known: dict[str, Any]) -> Report:
+        self.workers.barrier()
+        experts = [r for line in self.journal.layers for r in line["experts"]] if self.main else []
+        layers = [line["load"] for line in self.journal.layers if line["load"]] if self.main else []
+        experts, layers = self.workers.objects([(experts, layers)])[0]
+        if self.main:
+            copy_companions(self.source.folder, self.target.folder)
+            self.target.write_index()
+            if self.writer is not None:
+                self.writer.finish()
+            self.journal.finish({**known, "experts": experts, "layers": layers})
+        self.workers.barrier()
+        return Report(self.target.folder, experts, layers)
+
+
+def _given(output: Tensor | None) -> Tensor:
+    assert output is not None
+    return output
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Config, tokenizer and generation files: everything small that is not a weight file."""
+    for file in sorted(source.iterdir()):
+        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5") or file.name.endswith(".index.json")
+        if file.is_file() and not weights and not file.name.startswith(".") and file.name != "pruning.json":
+            shutil.copyfile(file, out / file.name)
