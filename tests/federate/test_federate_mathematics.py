@@ -7,9 +7,9 @@ import random
 
 import pytest
 import torch
-from quadratics import Linear, Quadratic, Simulation, optimum, quadratics
 
 from xutrain.methods.federate.fednova import gain
+from xutrain.methods.federate.simulation import Linear, Quadratic, Simulation, optimum, quadratics
 from xutrain.registry import entries
 
 ALL = [e.name for e in entries("method", "federate") if e.module.startswith("xutrain.methods.federate")]
@@ -327,7 +327,9 @@ def test_zero_gradients_coast() -> None:
 )
 def test_degenerate_settings(name: str, options: dict, same: str, same_options: dict) -> None:
     problems = quadratics()
-    close(Simulation(name, problems, **options).run(4), Simulation(same, problems, **same_options).run(4), 1e-6 if "fedad" in name else 1e-14)
+    close(
+        Simulation(name, problems, **options).run(4), Simulation(same, problems, **same_options).run(4), 1e-6 if "fedad" in name else 1e-14
+    )
 
 
 def test_server_optimizers_follow_their_rules() -> None:

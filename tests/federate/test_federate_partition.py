@@ -15,7 +15,9 @@ from xutrain.registry import load
 CIFAR = np.repeat(np.arange(10), 5000)
 
 
-def dealt(name: str, labels: np.ndarray, clients: int, seed: int = 0, sites: np.ndarray | None = None, **options: float) -> list[np.ndarray]:
+def dealt(
+    name: str, labels: np.ndarray, clients: int, seed: int = 0, sites: np.ndarray | None = None, **options: float
+) -> list[np.ndarray]:
     rule = load("partition", name)
     chosen = rule.Options(name=name, **options)
     return deal(rule, chosen, Samples(len(labels), labels, sites), clients, int(labels.max()) + 1, Key(seed, "partition").numpy())

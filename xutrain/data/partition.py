@@ -39,7 +39,11 @@ class Samples:
         return self.labels
 
 
-@partition("similarity", summary="a share s dealt at random, the rest sorted by label (the rule of the DOMO paper, after SCAFFOLD)", aliases=("data_similarity",))
+@partition(
+    "similarity",
+    summary="a share s dealt at random, the rest sorted by label (the rule of the DOMO paper, after SCAFFOLD)",
+    aliases=("data_similarity",),
+)
 class Similarity:
     """Permute all indices; the first round(s N) are dealt in K near-equal parts; the rest, stably sorted by label, in K
     contiguous near-equal parts; client k has part k of both. Sizes differ by at most 2. s = 1 is iid; s = 0 gives a client
@@ -207,7 +211,9 @@ def faults(parts: Parts, samples: Samples, num_classes: int, rule: str) -> list[
 def deal(rule: Any, options: Any, samples: Samples, clients: int, num_classes: int, rng: np.random.Generator) -> Parts:
     """Deal and check. Raises RecipeError for a partition that cannot be trained on."""
     if clients > samples.count:
-        raise RecipeError(Issue("clients.count", f"more clients than the {samples.count} training samples", clients, f"at most {samples.count}"))
+        raise RecipeError(
+            Issue("clients.count", f"more clients than the {samples.count} training samples", clients, f"at most {samples.count}")
+        )
     parts = [np.asarray(part, dtype=np.int64) for part in rule.deal(options, samples, clients, rng)]
     problems = faults(parts, samples, num_classes, str(options.name))
     if problems:

@@ -26,7 +26,7 @@ from xutrain.launch.plan import Forecast
 from xutrain.loops.clients import Bench, ClientData, Kept, Shard, shards
 from xutrain.loops.uplink import BUFFERS, Sent, Uplink
 from xutrain.methods.codecs.base import Codec
-from xutrain.methods.federate.base import Federation, FederatedMethod, Reply, Round, State
+from xutrain.methods.federate.base import FederatedMethod, Federation, Reply, Round, State
 
 
 @dataclass
@@ -71,7 +71,9 @@ def build(recipe: Any, ctx: Context) -> Job:
     dealt = deal(rule, recipe.partition, samples_of(task), clients, task.num_classes, Key(recipe.seed, "partition").numpy())
     parts = shards(dealt, recipe.clients, recipe.train, recipe.seed, pooled=cls.pooled)
     if recipe.clients.steps == "own" and not cls.own_steps:
-        raise RecipeError(Issue("clients.steps", f"{recipe.method.name} needs clients that do equally many steps", "own", "use clients.steps=equal"))
+        raise RecipeError(
+            Issue("clients.steps", f"{recipe.method.name} needs clients that do equally many steps", "own", "use clients.steps=equal")
+        )
     ctx.seed_torch("init")
     module: nn.Module = registry.load("model", recipe.model.name).build(recipe.model, task).to(ctx.device)
     module.train()
@@ -80,8 +82,12 @@ def build(recipe: Any, ctx: Context) -> Job:
     codec = registry.load("codec", recipe.codec.name)(recipe.codec, workers=recipe.per_round)
     if type(codec).combine is not Codec.combine:
         hint = "choose a codec whose messages are averaged; all: xutrain ls codecs"
-        raise RecipeError(Issue("codec.name", "takes a vote over messages, which a weighted average of clients is not", recipe.codec.name, hint))
-    federation = Federation(clients, _weights(recipe, dealt), recipe.per_round < clients, recipe.seed, tuple((s.name, s.start, s.stop) for s in replica.layout))
+        raise RecipeError(
+            Issue("codec.name", "takes a vote over messages, which a weighted average of clients is not", recipe.codec.name, hint)
+        )
+    federation = Federation(
+        clients, _weights(recipe, dealt), recipe.per_round < clients, recipe.seed, tuple((s.name, s.start, s.stop) for s in replica.layout)
+    )
     method: FederatedMethod = cls(recipe.method, federation)
     theta = workers.broadcast(replica.read())  # rank 0's weights, whatever the others drew
     buffers = workers.broadcast(replica.buffers()) if replica.num_buffer_elements else replica.buffers()

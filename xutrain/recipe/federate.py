@@ -17,7 +17,8 @@ class Clients(Options):
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the clients that take part in a round, drawn anew each round.")
     weights: Literal["equal", "samples"] = Field("equal", description="p_k in the average: 1/K, or the client's share of the samples.")
     steps: Literal["equal", "own"] = Field(
-        "equal", description="equal: all do the smallest client's number of steps, its rest is drawn anew each pass; own: each client its own number."
+        "equal",
+        description="equal: all do the smallest client's number of steps, each pass a new draw of its samples; own: each client its own.",
     )
     val_fraction: float = Field(0.0, ge=0, lt=1, description="Part of each client's samples that it keeps aside for validation of its own.")
 
@@ -26,14 +27,16 @@ class FederatedTrain(Options):
     """How long, and what a local step is."""
 
     rounds: int = Field(ge=1, le=10**8, description="Rounds R.")
-    local_epochs: float = Field(1.0, gt=0, le=1e5, description="Passes E over the client's samples in a round; 0.5 goes on where it stopped.")
+    local_epochs: float = Field(
+        1.0, gt=0, le=1e5, description="Passes E over the client's samples in a round; 0.5 goes on where it stopped."
+    )
     local_steps: int | None = Field(None, ge=1, le=10**8, description="Local steps P of a round; wins over local_epochs.")
     batch_size: int = Field(32, ge=1, le=10**7, description="Samples of a local step.")
     lr: float = Field(0.1, gt=0, le=1e6, description="Local learning rate at the schedule's factor 1.")
     weight_decay: float = Field(0.0, ge=0, le=1e3, description="L2 penalty, part of the local gradient.")
     clip_norm: float | None = Field(None, gt=0, description="Clip each local gradient to this L2 norm.")
     buffers: Literal["mean", "local"] = Field(
-        "mean", description="Batch-norm statistics: mean of the clients' after a round, or each client its own (measured at their mean, which is not sent)."
+        "mean", description="Batch-norm statistics: mean of the clients' after a round; local: never sent (measured at their mean)."
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast the forward pass; weights stay fp32.")
 

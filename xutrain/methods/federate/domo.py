@@ -13,7 +13,7 @@ fixed points: for the true optimum under heterogeneous clients see ``domo_cv``.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -31,13 +31,15 @@ class FusionOptions(Named):
     server_momentum: float = Field(0.9, ge=0, lt=1, description="Server momentum constant mu_s.")
     local_momentum: float = Field(0.9, ge=0, lt=1, description="Local momentum constant mu_l.")
     beta: float | None = Field(None, ge=0, description="Momentum fusion constant; null is server_lr * server_momentum (outer Nesterov).")
-    adaptive: bool = Field(False, description="Scale beta each round by how well the server momentum agrees with the last direction (ours).")
+    adaptive: bool = Field(
+        False, description="Scale beta each round by how well the server momentum agrees with the last direction (ours)."
+    )
 
 
 class Fusion(DoubleMomentum):
     """DOMO with the start moved; ``fusion`` tells the variants apart."""
 
-    fusion = "pre"
+    fusion: ClassVar[Literal["none", "pre", "intra"]] = "pre"
     follows = True
 
     def server_state(self, model: Tensor) -> State:

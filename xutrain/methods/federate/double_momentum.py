@@ -30,6 +30,8 @@ from torch import Tensor
 
 from xutrain.methods.federate.base import FederatedMethod, Plan, Problem, Reply, Round, State, Traffic, weighted_mean
 
+TINY = 1e-30  # below it, lr times momentum is no float32 number any more
+
 
 class DoubleMomentum(FederatedMethod):
     """Equations (1) to (6). Subclasses choose the class attributes and declare the options they let a recipe set."""
@@ -56,8 +58,8 @@ class DoubleMomentum(FederatedMethod):
         return plan
 
     def _sends_momentum(self, previous_lr: float | None) -> bool:
-        """A client that may have missed a model, or that would divide by lr 0, cannot infer m_r."""
-        return self.follows and (self.federation.partial or previous_lr == 0.0)
+        """A client that may have missed a model, or that would divide by an lr of (nearly) 0, cannot infer m_r."""
+        return self.follows and (self.federation.partial or (previous_lr is not None and previous_lr < TINY))
 
     def server_direction(self, state: State, plan: Plan) -> Tensor | None:
         """m_r as the client knows it, equation (1); None in round 0."""

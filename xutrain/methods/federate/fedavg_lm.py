@@ -16,7 +16,13 @@ from xutrain.methods.federate.double_momentum import DoubleMomentum
 from xutrain.registry import Named, method
 
 
-@method("federate", "fedavg_lm", paper="2102.03970", summary="local momentum, buffer averaged every round (double traffic)", aliases=("fedavglm",))
+@method(
+    "federate",
+    "fedavg_lm",
+    paper="2102.03970",
+    summary="local momentum, buffer averaged every round (double traffic)",
+    aliases=("fedavglm",),
+)
 class FedAvgLM(DoubleMomentum):
     local_buffer = "average"
     normalised = False

@@ -15,7 +15,11 @@ from xutrain.registry import Named, method
 
 
 @method(
-    "federate", "fedavg_slm", paper="2102.03970", summary="server and local momentum, buffer averaged (double traffic)", aliases=("fedavgslm",)
+    "federate",
+    "fedavg_slm",
+    paper="2102.03970",
+    summary="server and local momentum, buffer averaged (double traffic)",
+    aliases=("fedavgslm",),
 )
 class FedAvgSLM(DoubleMomentum):
     local_buffer = "average"

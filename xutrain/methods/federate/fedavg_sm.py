@@ -13,7 +13,9 @@ from xutrain.methods.federate.double_momentum import DoubleMomentum
 from xutrain.registry import Named, method
 
 
-@method("federate", "fedavg_sm", paper="2102.03970", summary="FedAvg with server momentum (FedAvgM, SlowMo)", aliases=("fedavgsm", "fedavgm"))
+@method(
+    "federate", "fedavg_sm", paper="2102.03970", summary="FedAvg with server momentum (FedAvgM, SlowMo)", aliases=("fedavgsm", "fedavgm")
+)
 class FedAvgSM(DoubleMomentum):
     class Options(Named):
         name: Literal["fedavg_sm"] = "fedavg_sm"

@@ -1,4 +1,8 @@
-"""Clients whose loss is a quadratic, in double precision, and the round loop around a method without any engine."""
+"""A method on problems in memory, without data, files or processes: for tests of its mathematics, and for quick studies.
+
+``Simulation("domo", quadratics(5), steps=5, lr=0.05).run(100)`` returns the server's model; ``Quadratic`` and ``Linear``
+are clients in double precision whose answers are known in closed form.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xutrain.methods.federate.base import Federation, FederatedMethod, Reply, Round, State
+from xutrain.methods.federate.base import FederatedMethod, Federation, Reply, Round, State
 from xutrain.registry import load
 
 
