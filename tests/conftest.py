@@ -73,3 +73,42 @@ def forked() -> Callable[..., list[Any]]:
 def runs(tmp_path: Path) -> Path:
     """A folder for run folders."""
     return tmp_path / "runs"
+
+
+def train(config: str, out: Path, overrides: list[str], processes: int = 1, verb: str | None = None) -> Path:
+    """Run a recipe in ``processes`` forked processes, as the launcher would; returns the run folder."""
+    from xutrain.launch.plan import plan
+    from xutrain.recipe.load import load
+
+    prepared = plan(load(config, verb, overrides), out=out, nproc=processes, verbosity=-1)
+    prepared.write()
+    run_forked(_execute, processes, prepared.folder)
+    return prepared.folder
+
+
+def _execute(folder: Path) -> int:
+    from xutrain.worker import execute
+
+    return execute(folder)
+
+
+@pytest.fixture
+def trained(runs: Path) -> Callable[..., Path]:
+    """``trained(config, overrides, processes=1, out=None)`` -> run folder; a second call resumes what is unfinished."""
+
+    def run(config: str, overrides: list[str], processes: int = 1, verb: str | None = None, out: str = "a") -> Path:
+        return train(config, runs / out, overrides, processes, verb)
+
+    return run
+
+
+def weights(folder: Path) -> bytes:
+    """The bytes of a run's last model file."""
+    return max((folder / "checkpoints").glob("step-*")).joinpath("model.safetensors").read_bytes()
+
+
+def values(folder: Path) -> list[tuple[Any, ...]]:
+    """A run's metrics without times."""
+    from xutrain.engine.record import read_metrics
+
+    return [(v["step"], v["name"], v["value"], v["bits_up"], v["bits_down"]) for v in read_metrics(folder)]

@@ -1,0 +1,147 @@
+"""The command line's contract: JSON keys, exit codes, stdout and stderr, help without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xutrain.cli.app import run
+
+QUICK = ["--config", "orq", "train.steps=4", "model.hidden=[16]"]
+
+
+def _json(arguments: list[str], capfd: pytest.CaptureFixture[str], code: int = 0) -> Any:
+    assert run(arguments) == code
+    return json.loads(capfd.readouterr().out)
+
+
+def test_result(capfd: pytest.CaptureFixture[str], runs: Path) -> None:
+    result = _json(["quantize", *QUICK, "--out", str(runs), "--json"], capfd)
+    assert list(result) == ["run", "recipe", "verb", "method", "codec", "seed", "status", "scale", "metrics", "bits", "wall_s"]
+    assert set(result["bits"]) == {"up", "down", "per_worker_step"}
+    assert {"train_loss", "test_loss", "test_accuracy"} <= set(result["metrics"])
+    assert (result["verb"], result["recipe"], result["method"], result["codec"], result["status"], result["scale"]) == ("quantize", "orq", "sgd", "orq", "done", "cpu")
+    folder = Path(result["run"])
+    for name in ("recipe.yaml", "source.yaml", "overrides.txt", "run.json", "state.json", "metrics.jsonl", "checkpoints/step-000004/model.safetensors"):
+        assert (folder / name).is_file(), name
+    assert folder.relative_to(runs).parts[:2] == ("quantize", "orq")
+    again = _json(["quantize", *QUICK, "--out", str(runs), "--json"], capfd)
+    assert again == result
+
+
+def test_seeds(capfd: pytest.CaptureFixture[str], runs: Path) -> None:
+    result = _json(["quantize", *QUICK, "--out", str(runs), "--json", "--seeds", "0,1,2"], capfd)
+    assert set(result) == {"runs", "mean", "std"}
+    losses = [r["metrics"]["test_loss"] for r in result["runs"]]
+    assert len(set(losses)) == 3
+    mean = sum(losses) / 3
+    assert result["mean"]["test_loss"] == pytest.approx(mean)
+    assert result["std"]["test_loss"] == pytest.approx((sum((x - mean) ** 2 for x in losses) / 2) ** 0.5)
+    assert len({Path(r["run"]).parent for r in result["runs"]}) == 1
+
+
+def test_dry_run_writes_nothing_and_predicts(capfd: pytest.CaptureFixture[str], runs: Path) -> None:
+    predicted = _json(["quantize", *QUICK, "--out", str(runs), "--json", "--dry-run"], capfd)
+    assert not runs.exists()
+    result = _json(["quantize", *QUICK, "--out", str(runs), "--json"], capfd)
+    assert predicted["bits"] == result["bits"]
+    assert predicted["run"] == result["run"]
+
+
+def test_smoke_says_so(capfd: pytest.CaptureFixture[str], runs: Path) -> None:
+    assert _json(["quantize", "--config", "orq", "--smoke", "--out", str(runs), "--json"], capfd)["scale"] == "smoke"
+
+
+def test_stop_is_75_and_the_same_command_goes_on(capfd: pytest.CaptureFixture[str], runs: Path) -> None:
+    arguments = ["quantize", *QUICK, "--out", str(runs), "--json"]
+    folder = Path(_json([*arguments, "--dry-run"], capfd)["run"])
+    folder.mkdir(parents=True)
+    (folder / "STOP").write_text("2")
+    stopped = _json(arguments, capfd, 75)
+    assert stopped["status"] == "stopped"
+    assert _json(arguments, capfd)["status"] == "done"
+
+
+def test_divergence_is_4(capfd: pytest.CaptureFixture[str], runs: Path) -> None:
+    over = ["optimizer.lr=1e5", "train.steps=60", "checkpoint.every=1"]
+    result = _json(["quantize", "--config", "fp", *over, "--out", str(runs), "--json"], capfd, 4)
+    assert result["status"] == "diverged"
+    from xutrain.engine.checkpoint import damage
+
+    newest = max((Path(result["run"]) / "checkpoints").glob("step-*"))
+    assert damage(newest) == ""
+
+
+def test_changed_metrics_are_noticed(capfd: pytest.CaptureFixture[str], runs: Path) -> None:
+    arguments = ["quantize", *QUICK, "--out", str(runs), "--json"]
+    metrics = Path(_json(arguments, capfd)["run"]) / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"value": 0.', '"value": 1.', 1) + "\n")
+    assert run(arguments) == 1
+    assert "was changed after the run ended" in capfd.readouterr().err
+
+
+def test_fresh_keeps_the_old_folder(capfd: pytest.CaptureFixture[str], runs: Path) -> None:
+    arguments = ["quantize", *QUICK, "--out", str(runs), "--json"]
+    folder = Path(_json(arguments, capfd)["run"])
+    _json([*arguments, "--fresh"], capfd)
+    assert len(list(folder.parent.glob("seed0*"))) == 2
+
+
+def test_listings(capfd: pytest.CaptureFixture[str]) -> None:
+    methods = _json(["ls", "methods", "--json"], capfd)
+    assert all(list(m) == ["verb", "kind", "name", "paper", "summary"] for m in methods)
+    assert {"orq", "bingrad_pb", "bingrad_b", "terngrad", "qsgd", "linear", "quantile", "onebit", "signsgd", "scaled_sign", "fp", "eden", "pb_orq"} <= {
+        m["name"] for m in methods if m["kind"] == "codec"
+    }
+    recipes = _json(["ls", "recipes", "--json"], capfd)
+    assert all(set(r) == {"verb", "name", "path", "scale", "summary"} for r in recipes)
+    assert all(r["summary"] and r["scale"] in ("cpu", "paper") for r in recipes)
+
+
+def test_cp_validate_diff(capfd: pytest.CaptureFixture[str], tmp_path: Path, runs: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    assert run(["cp", "orq", str(mine)]) == 0
+    assert run(["cp", "orq", str(mine)]) == 2
+    capfd.readouterr()
+    assert run(["validate", str(mine)]) == 0
+    capfd.readouterr()
+    rows = _json(["diff", "orq", "orq3", "--json"], capfd)
+    assert "codec.levels" in [r["key"] for r in rows]
+    assert _json(["quantize", "--config", str(mine), "--smoke", "--out", str(runs), "--json"], capfd)["recipe"] == "mine"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["ls", "methods"], ["ls", "recipes"], ["show", "orq"], ["runs", "ls"], ["data", "ls"], ["--version"]])
+def test_no_torch_where_nothing_is_computed(arguments: list[str]) -> None:
+    code = f"import sys; from xutrain.cli.app import run; c = run({arguments!r}); assert 'torch' not in sys.modules, 'torch'; sys.exit(c)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torchrun_is_bit_equal(capfd: pytest.CaptureFixture[str], runs: Path) -> None:
+    """The real launcher, two and four processes against one."""
+    models = []
+    for nproc in ("1", "2", "4"):
+        result = _json(["quantize", *QUICK, "--out", str(runs / nproc), "--json", "--nproc", nproc], capfd)
+        models.append((Path(result["run"]) / "checkpoints" / "step-000004" / "model.safetensors").read_bytes())
+    assert models[0] == models[1] == models[2]
+
+
+def test_python_surface(runs: Path) -> None:
+    import torch
+
+    import xutrain
+
+    codec = xutrain.codec("orq", levels=9, bucket=2048)
+    vector = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    payload = codec.encode(vector, key=xutrain.key(seed=0, stream="round", step=3, worker=1))
+    assert payload.data.dtype == torch.uint8 and payload.bits == 8 * payload.data.numel() == 8 * 2000 + 3 * 9 * 32
+    assert codec.decode(payload).shape == vector.shape
+    result = xutrain.run("quantize/orq", out=runs, train={"steps": 2}, model={"hidden": [8]})
+    assert result["status"] == "done" and set(result["bits"]) == {"up", "down", "per_worker_step"}
+    with pytest.raises(xutrain.RecipeError, match="levels"):
+        xutrain.codec("orq", levels=4)
