@@ -8,7 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="List, prepare and verify data sets.", no_args_is_help=True)
+from xutrain.cli.partition import partition
+
+app = typer.Typer(help="List, prepare and verify data sets; show how they are dealt to clients.", no_args_is_help=True)
+app.command("partition")(partition)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Root = Annotated[
