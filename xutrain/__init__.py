@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xutrain.engine.rng import Key, key
+    from xutrain.errors import RecipeError
+    from xutrain.launch.api import run
     from xutrain.methods.codecs.base import Codec, Payload
 
 __version__ = "0.1.0"
-__all__ = ["Codec", "Key", "Payload", "__version__", "codec", "key"]
+__all__ = ["Codec", "Key", "Payload", "RecipeError", "__version__", "codec", "key", "run"]
 
 _HOMES = {
+    "run": "xutrain.launch.api",
+    "RecipeError": "xutrain.errors",
     "key": "xutrain.engine.rng",
     "Key": "xutrain.engine.rng",
     "Codec": "xutrain.methods.codecs.base",
