@@ -15,7 +15,10 @@ app.command("partition")(partition)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Root = Annotated[
-    Path | None, typer.Option("--root", metavar="DIR", help="Folder of prepared data.  [default: $XUTRAIN_DATA or ~/.cache/xutrain/data]")
+    Path | None,
+    typer.Option(
+        "--root", metavar="DIR", help="Folder of prepared data; without it $XUTRAIN_DATA (where runs look), else ~/.cache/xutrain/data."
+    ),
 ]
 
 
@@ -40,7 +43,9 @@ def prepare(
     name: Annotated[str, typer.Argument(help="The data set; `xutrain data ls` lists them.", show_default=False)],
     source: Annotated[
         Path | None,
-        typer.Option("--source", metavar="PATH", help="Your folder, archive or file.  [default: official files, then packages]"),
+        typer.Option(
+            "--source", metavar="PATH", help="Your folder, archive or file; without it the official files, then packages that ship the set."
+        ),
     ] = None,
     root: Root = None,
     as_json: Json = False,
