@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def build(recipe: Any, ctx: Context) -> Job:
     module: nn.Module = registry.load("model", recipe.model.name).build(recipe.model, task).to(ctx.device)
     replica = Replica(module)
     codec = registry.load("codec", recipe.codec.name)(recipe.codec, workers=recipe.workers)
+    codec.lay(replica.layout)
     exchange = Exchange(workers, codec, ctx.meter, recipe.exchange.mode)
     per_epoch = task.steps_per_epoch(recipe.workers * recipe.train.batch_size)
     steps = recipe.train.steps or max(1, round(recipe.train.epochs * per_epoch))
@@ -71,7 +73,7 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
     checkpoints = Checkpoints(record.folder, recipe.checkpoint, ctx, record.note)
     stop = Stop(record.folder, ctx)
     saved = checkpoints.latest()
-    first = _restore(job, saved, ctx, record) if saved else 0
+    first = _restore(job, saved, ctx, record) if saved else _adopt(job, recipe, ctx, record)
     for text in job.method.notes():
         record.note(text)
     every = recipe.eval.every or (max(1, round(recipe.eval.every_epochs * job.steps_per_epoch)) if recipe.eval.every_epochs else None)
@@ -86,9 +88,10 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
             loss, grad = _gradient(recipe, ctx, job, slot, worker, step)
             losses.append(loss)
             grads.append(grad)
-        _refuse_non_finite(losses, job.workers.hosted, step)
+        _refuse_non_finite(losses, grads, job.workers.hosted, step)
         job.method.step(grads, lr, step)
-        _share_buffers(recipe.train.buffers, job, ctx)
+        if job.method.exchanges(step):
+            _share_buffers(recipe.train.buffers, job, ctx)
 
         done = step + 1
         record.progress(done, job.steps, loss=losses[0])
@@ -111,10 +114,14 @@ def forecast(recipe: Any) -> Forecast:
     """Steps and bits of a recipe in closed form, without running it; equal to the meter's count afterwards."""
     ctx = Context(recipe.seed)
     job = build(recipe, ctx)
-    parts = job.method.planned_bits(job.steps)
+    given = _given(recipe, ctx)
+    first = given.step if given else 0
+    before = job.method.planned_bits(first) if first else {}
+    parts = {n: (p[0] - before.get(n, (0, 0))[0], p[1] - before.get(n, (0, 0))[1]) for n, p in job.method.planned_bits(job.steps).items()}
     up, down = _buffer_bits(recipe.train.buffers, job)
     if up or down:
-        parts["buffers"] = (job.steps * up, job.steps * down)
+        times = sum(job.method.exchanges(step) for step in range(first, job.steps))
+        parts["buffers"] = (times * up, times * down)
     total = (sum(p[0] for p in parts.values()), sum(p[1] for p in parts.values()))
     payload = job.exchange.codec.payload_bits(job.replica.numel)
     details = {
@@ -153,8 +160,10 @@ def _precision(precision: str, ctx: Context) -> Any:
     return torch.autocast(ctx.device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-def _refuse_non_finite(losses: list[float], hosted: range, step: int) -> None:
-    for loss, worker in zip(losses, hosted, strict=True):
+def _refuse_non_finite(losses: list[float], grads: list[Tensor], hosted: range, step: int) -> None:
+    for loss, grad, worker in zip(losses, grads, hosted, strict=True):
+        if not bool(torch.isfinite(grad.sum())) and not bool(torch.isfinite(grad).all()) and math.isfinite(loss):
+            raise Diverged(Issue(f"step {step}, worker {worker}", "the gradient is not finite", has_value=False, hint="lower optimizer.lr, or warm up"))
         if not math.isfinite(loss):
             raise Diverged(Issue(f"step {step}, worker {worker}", "the loss is not finite", loss, "lower optimizer.lr, set train.clip_norm, or warm up"))
 
@@ -197,13 +206,48 @@ def _save(checkpoints: Checkpoints, job: Job, ctx: Context, step: int) -> None:
     model = next(iter(job.method.deploy().values()))
     job.replica.load_buffers(job.workers.mean(job.buffers))
     states = {w: {**workers.get(w, {}), "buffers": b} for w, b in zip(job.workers.hosted, job.buffers, strict=True)}
-    checkpoints.save(step, shared={"method": shared, "meter": ctx.meter.state()}, workers=states, model=job.replica.named(model))
+    checkpoints.save(step, shared={"method": shared, "meter": ctx.meter.state(), "codec": job.exchange.codec.state()}, workers=states, model=job.replica.named(model))
 
 
 def _restore(job: Job, saved: Saved, ctx: Context, record: Record) -> int:
     job.method.load_state(saved.shared["method"], saved.worker)
     job.buffers = [saved.worker(w)["buffers"] for w in job.workers.hosted]
+    job.exchange.codec.load_state(saved.shared.get("codec", {}))
     ctx.meter.load_state(saved.shared["meter"])
     record.rewind(saved.step)
     record.note(f"resumed from step {saved.step} of {job.steps}")
     return saved.step
+
+
+def _given(recipe: Any, ctx: Context) -> Saved | None:
+    """The checkpoint of another run that the recipe starts from."""
+    folder = getattr(recipe, "resume_from", None)
+    if folder is None:
+        return None
+    saved = Checkpoints(Path(folder), recipe.checkpoint, ctx).latest()
+    if saved is None:
+        raise RecipeError(Issue("resume_from", "has no whole checkpoint", folder, "name a run folder, as `xutrain runs ls` prints them"))
+    return saved
+
+
+def _adopt(job: Job, recipe: Any, ctx: Context, record: Record) -> int:
+    """Go on from another run's checkpoint with any number of workers: each gets the mean of what the workers held.
+
+    All per-worker state is linear in what was produced and sent, so the mean residual, and with it the virtual point
+    y = x - mean residual, is what it was.
+    """
+    saved = _given(recipe, ctx)
+    if saved is None:
+        return 0
+    if saved.shared["method"]["x"].numel() != job.replica.numel:
+        raise RecipeError(Issue("resume_from", f"holds a model of {saved.shared['method']['x'].numel()} parameters, this recipe's has {job.replica.numel}", recipe.resume_from))
+    mean = _mean_state([saved.worker(w) for w in saved.workers])
+    job.method.load_state(saved.shared["method"], lambda worker: {k: v.clone() for k, v in mean.items()})
+    job.buffers = [mean["buffers"].clone() for _ in job.workers.hosted]
+    job.exchange.codec.load_state(saved.shared.get("codec", {}))
+    record.note(f"went on from step {saved.step} of {recipe.resume_from}: {job.workers.count} workers took the mean state of {len(saved.workers)}")
+    return saved.step
+
+
+def _mean_state(states: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {name: torch.stack([s[name] for s in states]).mean(dim=0) for name in states[0]}
