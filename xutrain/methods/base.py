@@ -15,6 +15,8 @@ from torch import Tensor
 from xutrain.engine.context import Context
 from xutrain.engine.replica import Slice
 from xutrain.engine.workers import Workers
+from xutrain.errors import Issue
+from xutrain.methods.codecs.base import Codec
 from xutrain.methods.exchange import Exchange
 from xutrain.recipe.schema import Optimizer
 from xutrain.registry import Named
@@ -66,6 +68,10 @@ class DataParallel:
         """Take one step with the hosted workers' gradients (consumed)."""
         raise NotImplementedError
 
+    def exchanges(self, step: int) -> bool:
+        """Whether the workers exchange anything at ``step``; False inside local steps."""
+        return True
+
     def deploy(self) -> dict[str, Tensor]:
         """Parameters to measure, by name of the point; the first is saved and gives the unsuffixed metrics."""
         return {"x": self.x}
@@ -85,6 +91,11 @@ class DataParallel:
 
     def notes(self) -> list[str]:
         """What a reader of the result must know about this choice of options; written before training starts."""
+        return []
+
+    @classmethod
+    def unsound(cls, recipe: Any, codec: Codec) -> list[Issue]:
+        """What cannot be right between this method's options, the codec and the exchange; asked before anything is built."""
         return []
 
     def diagnostics(self) -> dict[str, float]:

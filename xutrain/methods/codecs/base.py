@@ -6,12 +6,14 @@ else travels beside ``Payload.data``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xutrain.engine.replica import Slice
 from xutrain.engine.rng import Key
 from xutrain.errors import Issue, XutrainError
 from xutrain.registry import Named
@@ -24,10 +26,12 @@ class Payload:
     Attributes:
         data: uint8 of shape (bytes,), all that is sent.
         length: number of elements of the vector, known to the receiver.
+        key: the draw that all workers share, known to the receiver, where the codec has a shared support; else None.
     """
 
     data: Tensor
     length: int
+    key: Key | None = None
 
     @property
     def bits(self) -> int:
@@ -49,12 +53,21 @@ class Codec:
         contractive: E||v - Q(v)||^2 < ||v||^2 for every v != 0, which error feedback needs.
         random: encode draws from its key.
         shared_support: all workers send the same coordinates, so that sums of payloads are payloads of sums.
+        dense: all elements cross the wire as they are.
+        per_tensor: works tensor by tensor, so that the vector must not be cut elsewhere.
+        collective: exchanges by ``reduce``, which needs several means in a row, and not by encode and decode.
+        expands: E||v - Q(v)||^2 > ||v||^2, so that error feedback diverges.
     """
 
     biased: bool = False
     contractive: bool = False
     random: bool = False
     shared_support: bool = False
+    dense: bool = False
+    per_tensor: bool = False
+    collective: bool = False
+    expands: bool = False
+    layout: Sequence[Slice] = ()
 
     class Options(Named):
         pass
@@ -63,6 +76,26 @@ class Codec:
         """``options`` is an instance of this class's ``Options``; ``workers`` is how many messages are averaged."""
         self.options = options
         self.workers = workers
+
+    def lay(self, layout: Sequence[Slice]) -> None:
+        """Say how tensors lie in the vectors to come. Without it, or for a vector of another length, a vector is one tensor.
+
+        Raises:
+            RecipeError: an option does not fit these tensors.
+        """
+        self.layout = layout
+
+    def tensors(self, length: int) -> Sequence[Slice]:
+        """The tensors of a vector of ``length`` elements."""
+        whole = bool(self.layout) and self.layout[-1].stop == length
+        return self.layout if whole else [Slice("", (length,), 0, length)] if length else []
+
+    def state(self) -> dict[str, Tensor]:
+        """What the codec carries from one exchange to the next, equal on all workers; most carry nothing."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take ``state`` back."""
 
     def encode(self, vector: Tensor, key: Key | None = None) -> Payload:
         """Encode a float32 vector of shape (n,).
@@ -74,6 +107,13 @@ class Codec:
 
     def decode(self, payload: Payload) -> Tensor:
         """The float32 vector of shape (payload.length,) that the payload stands for."""
+        raise NotImplementedError
+
+    def reduce(self, vectors: Sequence[Tensor], average: Callable[[list[Tensor]], Tensor], key: Key) -> Tensor:
+        """For a collective codec: the common mean of the hosted workers' vectors, each of which becomes its residual.
+
+        ``average`` is the mean over all workers of one flat vector per hosted worker.
+        """
         raise NotImplementedError
 
     def payload_bits(self, length: int) -> int:

@@ -39,6 +39,7 @@ class FP(Plain):
     """The identity."""
 
     contractive = True
+    dense = True
 
     class Options(Named):
         name: str = "fp"
