@@ -11,6 +11,7 @@ from codec_cases import ALL, WIRES, WORKED, draw, draws_of, make, named, wire_bi
 
 import xutrain
 from xutrain.errors import RecipeError, UsageError
+from xutrain.methods.codecs import eden, rounding
 from xutrain.methods.codecs.base import Codec, NonFinite
 
 # --- 9. the wire
@@ -172,3 +173,15 @@ def test_every_codec_is_a_codec() -> None:
         codec = make(name, **options)
         assert isinstance(codec, Codec) and codec.entry.name == codec.options.name == name
         assert codec.entry.summary
+
+
+@pytest.mark.parametrize(("name", "options"), ALL, ids=[named(n, o) for n, o in ALL])
+def test_tensor_path_gives_the_same_payload(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that a GPU takes, run on CPU tensors: same bytes, same vector."""
+    codec, v = make(name, **options), draw("laplace", 5000)
+    here = codec.encode(v, xutrain.key(3))
+    out = codec.decode(here)
+    monkeypatch.setattr(rounding, "on_host", lambda device: False)
+    monkeypatch.setattr(eden, "on_host", lambda device: False)
+    there = codec.encode(v, xutrain.key(3))
+    assert torch.equal(there.data, here.data) and torch.equal(codec.decode(there), out)

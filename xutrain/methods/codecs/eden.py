@@ -12,7 +12,7 @@ from torch import Tensor
 from xutrain.engine.rng import Key
 from xutrain.methods.codecs import packing
 from xutrain.methods.codecs.base import Codec, Payload, check_finite
-from xutrain.methods.codecs.rounding import look_up, need_key
+from xutrain.methods.codecs.rounding import greater, look_up, need_key, on_host
 from xutrain.methods.codecs.scalar import as_vector
 from xutrain.methods.codecs.walsh import hadamard
 from xutrain.registry import Named, codec
@@ -93,13 +93,15 @@ class Eden(Codec):
         size = rows.shape[1]
         # divided by the largest magnitude first, so that neither squares nor sums overflow
         peak = rows.abs().amax(1, keepdim=True)
-        unit = torch.where(peak > 0, rows / peak, 0.0)
+        unit = rows / torch.where(peak > 0, peak, 1.0)
         norm = unit.double().square().sum(1, keepdim=True)  # ||v||^2
         r = hadamard(unit * flips)  # sqrt(N) times the rotated bucket, so that its rms is ||v||
         rms = norm.sqrt().float()
-        out.zero_()
-        for edge in self.edges.tolist():
-            out += (r >= edge * rms) if edge <= 0 else (r > edge * rms)
+        hit = torch.empty_like(out)
+        for i, edge in enumerate(self.edges.tolist()):
+            greater(r, edge * rms, hit if i else out)
+            if i:
+                out.add_(hit)
         q = torch.empty_like(rows)
         look_up(self.grid.to(rows.device).expand(len(rows), -1).contiguous(), out, q)
         inner = (r.double() * q).sum(1, keepdim=True) / size**0.5  # <r, q>
@@ -148,7 +150,7 @@ class Eden(Codec):
         """Blocks of buckets: first, last, start, stop, width as in ``scalar.blocks``, and where their symbols begin."""
         bucket, size = self.options.bucket, _power(self.options.bucket)
         full, rest = divmod(length, bucket)
-        step = max(1, full if device.type != "cpu" else _BLOCK // size)
+        step = max(1, full if not on_host(device) else _BLOCK // size)
         found = []
         for first in range(0, full, step):
             last = min(first + step, full)
@@ -166,7 +168,7 @@ def _power(n: int) -> int:
 def _flips(seed: int, start: int, shape: torch.Size, device: torch.device) -> Tensor:
     """Signs +1 and -1, float32: the top bits of the keyed sequence from ``start`` on, the same on every device."""
     key, n = Key(seed, "rotation"), shape.numel()
-    if device.type != "cpu":
+    if not on_host(device):
         return torch.where(key.uniform(start + n, device)[start:] < 0.5, 1.0, -1.0).view(shape)
     words = key.bits(n, start)
     np.bitwise_and(words, np.uint32(0x80000000), out=words)

@@ -23,6 +23,7 @@ class KORQ(ScalarCodec):
 
     random = True
     biased = True
+    at_a_time = 1 << 20  # many small steps over all buckets at once
 
     class Options(BucketOptions):
         name: str = "k_orq"

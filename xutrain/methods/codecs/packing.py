@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xutrain.methods.codecs import rounding
+
 _CHUNK = 1 << 14  # groups packed at a time, so that the planes of a chunk stay in the cache
 
 
@@ -89,7 +91,7 @@ def unpack(data: Tensor, base: int, length: int) -> Tensor:
 
 def _arrays(planes: Tensor, data: Tensor) -> tuple[Any, Any]:
     """Numpy views on the CPU, where its integer arithmetic is several times faster than torch's; tensors elsewhere."""
-    return (planes.numpy(), data.numpy()) if planes.device.type == "cpu" else (planes, data)
+    return (planes.numpy(), data.numpy()) if rounding.on_host(planes.device) else (planes, data)
 
 
 def _wide(array: Any, bits: int) -> Any:

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from xutrain.engine.rng import Key
 from xutrain.errors import Issue, UsageError
-from xutrain.methods.codecs import packing
+from xutrain.methods.codecs import packing, rounding
 from xutrain.methods.codecs.base import Codec, Payload, check_finite
 from xutrain.methods.codecs.rounding import draws, look_up, moments, need_key, round_randomly
 from xutrain.registry import Named
 
-_BLOCK = 1 << 16  # elements worked on at a time on a CPU, so that sorts and prefix sums stay in the cache
 _BF16_MAX = float(torch.finfo(torch.bfloat16).max)
 
 
@@ -43,10 +42,10 @@ class Block(NamedTuple):
     width: int
 
 
-def blocks(length: int, bucket: int, whole: bool) -> Iterator[Block]:
-    """The buckets of a vector in blocks of equal widths; ``whole`` puts all full buckets in one (for a GPU)."""
+def blocks(length: int, bucket: int, elements: int) -> Iterator[Block]:
+    """The buckets of a vector in blocks of equal widths and of about ``elements`` elements."""
     full = length // bucket
-    step = max(1, full if whole else _BLOCK // bucket)
+    step = max(1, elements // bucket)
     for first in range(0, full, step):
         last = min(first + step, full)
         yield Block(first, last, first * bucket, last * bucket, bucket)
@@ -81,10 +80,12 @@ class ScalarCodec(Codec):
     Class or instance attributes:
         base: number of levels, the alphabet of the symbols.
         sent: numbers sent for a bucket.
+        at_a_time: elements worked on at a time on a CPU, so that sorts and prefix sums stay in the cache.
     """
 
     base: int = 2
     sent: int = 1
+    at_a_time: ClassVar[int] = 1 << 17
     keeps_range: ClassVar[bool] = False  # the outer levels reach the extremes, so only clipping and bf16 make a bias
 
     class Options(BucketOptions):
@@ -163,7 +164,7 @@ class ScalarCodec(Codec):
         if not length:
             return out
         levels, symbols = self.unseal(payload)
-        for block in blocks(length, self.bucket(length), data.device.type != "cpu"):
+        for block in self._blocks(out):
             rows = out[block.start : block.stop].view(-1, block.width)
             look_up(levels[block.first : block.last], symbols[block.start : block.stop].view_as(rows), rows)
         return out
@@ -209,7 +210,8 @@ class ScalarCodec(Codec):
         return -(-length // max(1, self.bucket(length)))
 
     def _blocks(self, vector: Tensor) -> Iterator[Block]:
-        return blocks(vector.numel(), self.bucket(vector.numel()), vector.device.type != "cpu")
+        length = vector.numel()
+        return blocks(length, self.bucket(length), self.at_a_time if rounding.on_host(vector.device) else length)
 
     def _rows(self, vector: Tensor, block: Block) -> Tensor:
         rows = vector[block.start : block.stop].view(-1, block.width)

@@ -32,9 +32,9 @@ class TwoMeans(ScalarCodec):
 
     def _split(self, rows: Tensor, out: Tensor) -> Tensor:
         at_least(rows, self.threshold(rows), out)
-        upper = out.view(torch.bool)
-        many = upper.sum(1, keepdim=True)
+        many = out.sum(1, keepdim=True, dtype=torch.int32)
         few = rows.shape[1] - many
-        high = torch.where(upper, rows, 0.0).sum(1, keepdim=True, dtype=torch.float64) / many
-        low = torch.where(upper, 0.0, rows).sum(1, keepdim=True, dtype=torch.float64) / few
+        upper = rows * out.float()
+        high = upper.sum(1, keepdim=True, dtype=torch.float64) / many
+        low = (rows - upper).sum(1, keepdim=True, dtype=torch.float64) / few
         return torch.cat((torch.where(few > 0, low, high), torch.where(many > 0, high, low)), 1).float()
