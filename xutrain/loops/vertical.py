@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xutrain import registry
 from xutrain.data.tabular import VerticalData
 from xutrain.engine.checkpoint import Checkpoints, Saved
 from xutrain.engine.context import Context
@@ -25,7 +24,7 @@ from xutrain.errors import Diverged, Issue, Stopped
 from xutrain.launch.plan import Forecast
 from xutrain.methods.vertical.base import VerticalMethod
 from xutrain.methods.vertical.measure import References, scores
-from xutrain.methods.vertical.plan import Plan, computing_times, methods_of, step_sizes
+from xutrain.methods.vertical.plan import Plan, computing_times, load_data, methods_of, step_sizes
 from xutrain.methods.vertical.seat import Seat
 from xutrain.methods.vertical.security import SafeSum
 from xutrain.methods.vertical.transports.virtual import VirtualTime
@@ -64,12 +63,6 @@ def build(recipe: Any, ctx: Context) -> Job:
         gather=gathering(workers),
     )
     return Job(data, plan, safe, workers, methods, seats, net)
-
-
-def load_data(recipe: Any) -> VerticalData:
-    """The recipe's data, in one party for pooled methods."""
-    data: VerticalData = registry.load("dataset", recipe.data.name).build(recipe.data, recipe.seed)
-    return data.pooled() if recipe.method_class.pooled else data
 
 
 def safe_sum(recipe: Any, plan: Plan) -> SafeSum:

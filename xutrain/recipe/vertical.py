@@ -70,9 +70,13 @@ class VerticalEval(Options):
 class Network(Options):
     """Real parties: where they listen, and how patient they are."""
 
+    run: str = Field("run", min_length=1, max_length=80, description="name of the run, part of every message")
     addresses: dict[str, str] = Field(default_factory=dict, description="party: host:port that the others reach it at")
     timeout_s: float = Field(10.0, gt=0, description="deadline of one request")
     patience_s: float = Field(60.0, gt=0, description="how long an unreachable party is waited for before the run stops with a checkpoint")
+    step_ms: float = Field(
+        0.0, ge=0, le=10_000, description="artificial computing time per step, for straggler experiments; time.delay lengthens it"
+    )
     max_message_mb: int = Field(64, ge=1, le=1024, description="larger messages are refused")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xutrain import registry
 from xutrain.data.tabular import VerticalData
 from xutrain.engine.rng import Key
 from xutrain.errors import DataError, Issue, RecipeError
@@ -224,3 +225,9 @@ def step_sizes(recipe: Any, data: VerticalData, plan: Plan, compute: list[float]
         bound = 1.0 / (curvature * float(norms.max()) + recipe.train.weight_decay)
         found.append(max(lr, min(lr * period / min(periods), bound)))
     return found
+
+
+def load_data(recipe: Any) -> VerticalData:
+    """The recipe's data, in one party for pooled methods."""
+    data: VerticalData = registry.load("dataset", recipe.data.name).build(recipe.data, recipe.seed)
+    return data.pooled() if recipe.method_class.pooled else data

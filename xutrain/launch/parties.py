@@ -1,0 +1,293 @@
+"""All parties on one machine as processes of their own, over TLS on loopback; and the checks and attacks of the vertical verb. No torch here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xutrain import registry
+from xutrain.data.tabular import Table, VerticalData, read_csv
+from xutrain.errors import DataError, Issue, UsageError, XutrainError
+
+Say = Callable[[str], None]
+ID, LABEL = "row_id", "label"
+
+
+def simulate(recipe: Any, out: Path, say: Say, *, deadline_s: float = 3600.0) -> dict[str, Any]:
+    """Start every party of a recipe here, each with its own file, certificate, port and folder under ``out``; wait for all.
+
+    A data set that is no set of party files is written out as files first. Ids that are not the same everywhere are joined here; real
+    parties align by ``xutrain vertical align``.
+    """
+    from xutrain.methods.vertical.transports.identity import make
+    from xutrain.recipe import yamlfile
+
+    started = time.monotonic()
+    tables, options = party_tables(recipe)
+    if isinstance(recipe.labels, str):
+        raise UsageError(Issue("labels", "real parties' labels are in one party's file", recipe.labels, "method=vfb2 labels=null"))
+    names = list(tables)
+    holder = next(p for p, t in tables.items() if t.label is not None)
+    out.mkdir(parents=True, exist_ok=True)
+    common = set.intersection(*(set(t.ids) for t in tables.values()))
+    if not common:
+        raise DataError(Issue("data", "the parties have no id in common", {p: len(t.ids) for p, t in tables.items()}))
+    files = {}
+    for p, table in tables.items():
+        (out / p).mkdir(exist_ok=True)
+        files[p] = str((out / p / "data.csv").resolve())
+        _write(Path(files[p]), table, options)
+        (out / p / "rows.json").write_text(json.dumps({"ids": sorted(common)}), encoding="utf-8")
+    make(out / "identity", names)
+    for p in names:
+        mine = out / p / "identity"
+        mine.mkdir(exist_ok=True)
+        for file in ("ca.pem", f"{p}.pem", f"{p}.key"):
+            shutil.copy(out / "identity" / file, mine / file)
+    ports = _free_ports(len(names))
+    raw = recipe.model_dump(mode="json")
+    raw["data"] = {"name": "party_files", "files": files, **options}
+    raw["labels"] = [holder]
+    raw["network"] = {**raw["network"], "addresses": {p: f"127.0.0.1:{port}" for p, port in zip(names, ports, strict=True)}}
+    raw["eval"]["reference"] = False
+    (out / "job.yaml").write_text(yamlfile.dump({k: v for k, v in raw.items() if v is not None}), encoding="utf-8")
+    say(f"starting {len(names)} parties: {', '.join(names)}; labels at {holder}; job file {out / 'job.yaml'}")
+    running = {p: _start(out, p) for p in names}
+    codes = _wait(running, deadline_s)
+    seconds = time.monotonic() - started
+    model = out / holder / f"model.{holder}.json"
+    metrics = json.loads(model.read_text(encoding="utf-8")).get("metrics", {}) if model.is_file() else {}
+    worst = max(codes.values(), key=lambda c: (c != 0, c == 1, c))
+    return {
+        "status": "done" if worst == 0 else "stopped" if worst == 75 else "failed",
+        "exit_code": worst,
+        "metrics": {**metrics, "wall_s": round(seconds, 2)},
+        "out": str(out),
+        "models": ", ".join(f"{p}/model.{p}.json" for p in names),
+        "left each party, bytes": ", ".join(f"{p} {left_bytes(out / p / f'ledger.{p}.jsonl')}" for p in names),
+    }
+
+
+def left_bytes(ledger: Path) -> int:
+    """Bytes of payload that left a party, by its ledger."""
+    return sum(json.loads(line)["bytes"] for line in ledger.read_text(encoding="utf-8").splitlines()) if ledger.is_file() else 0
+
+
+def party_tables(recipe: Any) -> tuple[dict[str, Table], dict[str, Any]]:
+    """One table per party with ids and raw columns, and the ``party_files`` options that go with them."""
+    data = recipe.data
+    if data.name == "party_files":
+        tables = {p: read_csv(Path(f), data.id, data.label) for p, f in data.files.items()}
+        return tables, data.model_dump(exclude={"name", "files"})
+    shared = {"id": ID, "label": LABEL, "test_fraction": data.test_fraction}
+    if data.name == "german_credit":
+        from xutrain.data.german_credit import tables as german
+
+        return german(), {**shared, "intercept": data.intercept}
+    built: VerticalData = registry.load("dataset", data.name).build(data.model_copy(update={"test_fraction": 0.0}), recipe.seed)
+    if built.task == "classes":
+        raise UsageError(Issue("data.name", "real parties train logistic and ridge models", data.name))
+    ids = [f"r{i:07d}" for i in range(built.n)]
+    found = {}
+    for party in built.parties:
+        x = party.train.toarray() if hasattr(party.train, "toarray") else party.train
+        columns = {c: [repr(float(v)) for v in x[:, j]] for j, c in enumerate(party.columns)}
+        label = [repr(float(v)) for v in built.y] if party.name == built.label_holder else None
+        found[party.name] = Table(Path(party.name), ids, columns, label)
+    return found, {**shared, "intercept": False, "task": built.task}
+
+
+def _write(path: Path, table: Table, options: dict[str, Any]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([options["id"], *table.columns, *([options["label"]] if table.label is not None else [])])
+        writer.writerows(zip(table.ids, *table.columns.values(), *([table.label] if table.label is not None else []), strict=True))
+
+
+def _free_ports(count: int) -> list[int]:
+    held = [socket.socket() for _ in range(count)]
+    for s in held:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in held]
+    for s in held:
+        s.close()
+    return ports
+
+
+def _start(out: Path, party: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "xutrain", "vertical", "train", "--party", party, "--config", str(out / "job.yaml")]
+    command += ["--identity", str(out / party / "identity"), "--rows", str(out / party / "rows.json"), "--out", str(out / party)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def _wait(running: dict[str, subprocess.Popen[bytes]], deadline_s: float) -> dict[str, int]:
+    until = time.monotonic() + deadline_s
+    try:
+        return {p: child.wait(max(0.1, until - time.monotonic())) for p, child in running.items()}
+    except (KeyboardInterrupt, subprocess.TimeoutExpired):
+        for child in running.values():
+            child.terminate()
+        return {p: child.wait(30) for p, child in running.items()}
+
+
+def examine(recipe: Any, party: str, path: Path, folder: Path, seconds: float) -> list[dict[str, Any]]:
+    """What ``doctor`` finds: packages, recipe, certificate, file, port, and each other party's reach, job and clock."""
+    from xutrain.loops.vertical_party import job_hash, network_issues
+    from xutrain.methods.vertical.transports import identity as identities
+    from xutrain.methods.vertical.transports.link import Link
+    from xutrain.methods.vertical.transports.wire import Envelope
+
+    found: list[dict[str, Any]] = []
+
+    def check(name: str, look: Callable[[], str]) -> bool:
+        try:
+            found.append({"check": name, "ok": True, "found": look()})
+        except XutrainError as error:
+            found.append({"check": name, "ok": False, "found": "; ".join(f"{i.where}: {i.what}" for i in error.issues)})
+        except ValueError as error:
+            found.append({"check": name, "ok": False, "found": str(error)})
+        return bool(found[-1]["ok"])
+
+    def job() -> str:
+        if issues := network_issues(recipe):
+            raise UsageError(*issues)
+        return f"{recipe.method.name}, {recipe.security.mode}, job {job_hash(recipe)[:12]}"
+
+    fits = check("job", job)
+    check("file", lambda: _describe_file(recipe, path))
+    if not check("certificate", lambda: _describe_certificate(identities.load(folder, party))) or not fits:
+        return found
+    facts = {"versions": f"python {platform.python_version()}"}
+    seen: set[str] = set()
+
+    def answer(e: Envelope) -> Envelope:
+        seen.add(e.sender)
+        return Envelope("ping", facts={**facts, "time": time.time()})
+
+    network = recipe.network
+    names = recipe.party_names
+    try:
+        link = Link(
+            identities.load(folder, party),
+            {n: network.addresses[n] for n in names},
+            network.run,
+            f"train {job_hash(recipe)}",
+            answer,
+            refused=lambda sender, reason: found.append({"check": f"call from {sender}", "ok": False, "found": f"refused: {reason}"}),
+        )
+    except XutrainError as error:
+        return [*found, {"check": "port", "ok": False, "found": error.issues[0].what}]
+    link.start()
+    found.append({"check": "port", "ok": True, "found": f"listening on {network.addresses[party]}"})
+    others = [n for n in names if n != party]
+    until = time.monotonic() + seconds
+    for p in others:
+        reason, reply, sent = "no answer", None, 0.0
+        while reply is None and time.monotonic() < until:
+            try:
+                sent = time.time()
+                reply = link.ask(p, Envelope("ping"), timeout_s=2.0)
+            except ConnectionError as error:
+                reason = str(error)
+                time.sleep(0.2)
+        if reply is None:
+            found.append({"check": f"reach {p}", "ok": False, "found": f"{network.addresses[p]}: {reason}"})
+            continue
+        apart = float(reply.facts.get("time", sent)) - sent
+        text = (
+            f"{network.addresses[p]}, mutual TLS, same job, clocks {abs(apart):.2f} s apart, {reply.facts.get('versions', 'in training')}"
+        )
+        found.append({"check": f"reach {p}", "ok": abs(apart) < 60, "found": text})
+    while set(others) - seen and time.monotonic() < until:
+        time.sleep(0.1)
+    for p in others:
+        found.append({"check": f"reached by {p}", "ok": p in seen, "found": "yes" if p in seen else f"no call within {seconds:g} s"})
+    link.close()
+    return found
+
+
+def _describe_file(recipe: Any, path: Path) -> str:
+    table = read_csv(path, recipe.data.id, recipe.data.label)
+    return f"{path}: {len(table.ids)} rows, {len(table.columns)} columns" + (", labels" if table.label is not None else "")
+
+
+def _describe_certificate(identity: Any) -> str:
+    from cryptography import x509
+
+    certificate = x509.load_pem_x509_certificate(identity.certificate)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)
+    if identity.party not in names:
+        raise DataError(Issue("certificate", f"is for {', '.join(names)}", identity.party, "its DNS name must be the party's name"))
+    left = certificate.not_valid_after_utc.timestamp() - time.time()
+    if left < 0:
+        raise DataError(Issue("certificate", "has expired", str(certificate.not_valid_after_utc)))
+    return f"for {', '.join(names)}, {left / 86400:.0f} days left"
+
+
+def audit(recipe: Any, attack: str, known: int) -> dict[str, Any]:
+    """Carry out an attack on the recipe's own data; a value that the command prints."""
+    from xutrain.methods.vertical import attacks
+    from xutrain.methods.vertical.plan import load_data
+    from xutrain.methods.vertical.security import trees
+
+    names = recipe.party_names
+    if attack == "trees":
+        kinds = ["auto", "chain", "binomial", "same_star"]
+        rows = []
+        for kind in kinds:
+            try:
+                pair = trees.pair(kind, len(names))
+                breaking = "none up to 3" if pair.breaking is None else str([names[p] for p in pair.breaking])
+                rows.append([kind, "accepted", breaking, str(pair.t1), str(pair.t2)])
+            except XutrainError as error:
+                rows.append([kind, "REFUSED", error.issues[0].what, "", ""])
+        says = [f"{len(names)} parties; a pair of trees from which one party alone learns a product is refused"]
+        return {"attack": attack, "says": says, "columns": ["trees", "verdict", "smallest coalition that learns", "T1", "T2"], "rows": rows}
+    data = load_data(recipe)
+    holder = names.index(recipe.labels[0]) if isinstance(recipe.labels, list) else names.index(data.label_holder)
+    if attack == "labels":
+        if recipe.loss != "logistic":
+            raise UsageError(Issue("loss", "the sign attack is on logistic signals", recipe.loss))
+        from xutrain.methods.vertical.losses import Logistic
+
+        z = np.random.default_rng(recipe.seed).standard_normal(data.n)
+        right = float((attacks.labels_from_signals(Logistic().theta(z, data.y)) == data.y).mean())
+        says = [
+            "backward updating sends theta = -y sigmoid(-y z), whose sign is the label:",
+            f"a collaborator reads {right:.1%} of the labels of the samples that it is sent",
+        ]
+        return {"attack": attack, "says": says, "columns": [], "rows": [], "labels_read": right}
+    if attack != "totals":
+        raise UsageError(Issue("--attack", "must be totals, labels or trees", attack))
+    others = [p for p in range(len(names)) if p != holder]
+    truth = np.hstack(
+        [
+            np.asarray(data.parties[p].train.toarray() if hasattr(data.parties[p].train, "toarray") else data.parties[p].train)
+            for p in others
+        ]
+    )
+    width = int(np.linalg.matrix_rank(truth))
+    count = known or truth.shape[1] + 5
+    if count >= data.n:
+        raise UsageError(Issue("--known", f"the data has {data.n} rows", count))
+    rows_known = np.random.default_rng(recipe.seed).choice(data.n, size=count, replace=False)
+    seen = attacks.observed_totals(recipe, data, holder, truth.shape[1] + 5)
+    chosen = sorted({1, 2, 4, width // 2, width - 1, width, width + 5} & set(range(1, seen.shape[1] + 1)))
+    rows = [[t, attacks.totals_attack(seen[:, :t], truth, rows_known)] for t in chosen]
+    says = [
+        f"{names[holder]} sees totals only (masks do not help), knows {count} customers, and solves for {truth.shape[1]} columns of "
+        f"{', '.join(names[p] for p in others)} (rank {width}):",
+        "relative error of the others' features for all other customers, by full passes seen (1 = nothing learnt):",
+    ]
+    return {"attack": attack, "says": says, "columns": ["passes", "relative error"], "rows": rows}

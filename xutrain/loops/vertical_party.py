@@ -1,0 +1,464 @@
+"""One real party's process: the same seat as in the simulation, over gRPC. ``xutrain vertical train --party NAME``. No torch here.
+
+Every wait has an end: a request has a deadline, an absent party is named and waited for up to ``network.patience_s``, and then the run
+stops with a checkpoint from which the same command goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xutrain.data.party_file import PartyData
+from xutrain.data.tabular import PartyBlock, VerticalData
+from xutrain.errors import Diverged, Failed, Issue, RecipeError, Stopped
+from xutrain.methods.vertical.losses import sigmoid
+from xutrain.methods.vertical.measure import quality
+from xutrain.methods.vertical.plan import Plan, methods_of
+from xutrain.methods.vertical.seat import Seat
+from xutrain.methods.vertical.transports.identity import Identity
+from xutrain.methods.vertical.transports.link import Link
+from xutrain.methods.vertical.transports.party import PartyPort
+from xutrain.methods.vertical.transports.wire import Refused
+
+Say = Callable[[str], None]
+TICK_S, PING_S = 0.2, 1.0
+
+
+def job_hash(recipe: Any) -> str:
+    """Hash of what all parties must have in common: everything but local paths, addresses and patience."""
+    value = recipe.model_dump(mode="json", exclude={"log", "checkpoint", "summary", "paper", "smoke", "network", "scale", "eval"})
+    if "files" in value["data"]:
+        value["data"]["files"] = list(value["data"]["files"])
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def network_issues(recipe: Any) -> list[Issue]:
+    """What a simulation may do and real parties may not."""
+    found = []
+    method, train = recipe.method_class, recipe.train
+    several = isinstance(recipe.labels, list) and len(recipe.labels) > 1
+    if method.exchange != "request" or method.pooled:
+        found.append(Issue("method.name", "is a baseline for simulations", recipe.method.name, "method=vfb2"))
+    if recipe.security.mode == "tree":
+        found.append(
+            Issue(
+                "security.mode",
+                "tree sums are for simulations; pairwise masks hide more with fewer messages",
+                "tree",
+                "security.mode=pairwise",
+            )
+        )
+    if several and (train.mode == "sync" or method.passes(recipe.method) == "barrier"):
+        found.append(
+            Issue(
+                "train.mode",
+                "over the network several label holders do not wait for each other",
+                train.mode,
+                "train.mode=async, method.snapshot=rolling",
+            )
+        )
+    if recipe.loss == "softmax":
+        found.append(Issue("loss", "real parties train logistic and ridge models", "softmax", "loss=logistic"))
+    if not isinstance(recipe.labels, list):
+        found.append(Issue("labels", "real parties must be told who holds the labels", recipe.labels, "labels: [bank]"))
+    if not hasattr(recipe.data, "id"):
+        found.append(
+            Issue(
+                "data.name",
+                "real parties read files of their own",
+                recipe.data.name,
+                "data: {name: party_files, files: {...}, id: ..., label: ...}",
+            )
+        )
+    if train.budget == "total" or train.rates == "compensated":
+        found.append(
+            Issue(
+                "train.budget",
+                "shared budgets and compensated rates are for simulations",
+                train.budget,
+                "train.budget=local train.rates=equal",
+            )
+        )
+    missing = [p for p in recipe.party_names if p not in recipe.network.addresses]
+    if missing:
+        found.append(
+            Issue(
+                "network.addresses",
+                f"no address for {', '.join(missing)}",
+                hint="network: {addresses: {bank: host:port, ...}}",
+                has_value=False,
+            )
+        )
+    return found
+
+
+class Process:
+    """One party's run: greet, train, evaluate, save; see ``run_party``."""
+
+    def __init__(self, recipe: Any, party: str, data: PartyData, identity: Identity, out: Path, say: Say, purpose: str = "train") -> None:
+        if found := network_issues(recipe):
+            raise RecipeError(*found)
+        self.recipe, self.party, self.data, self.out, self.say = recipe, party, data, out, say
+        names = recipe.party_names
+        index = names.index(party)
+        empty = np.zeros(0)
+        blocks = [data.block if n == party else PartyBlock(n, [], data.block.train[:, :0], data.block.test[:, :0]) for n in names]
+        task = {"logistic": "binary", "ridge": "regression", "softmax": "classes"}[recipe.loss]
+        n = data.block.train.shape[0]
+        y = data.y if data.y is not None else np.zeros(n if purpose == "train" else recipe.train.batch_size)
+        shared = VerticalData("party", blocks, y, empty, task)
+        self.plan = plan = Plan.of(recipe, shared)
+        method = methods_of(recipe, shared, plan, [index], [recipe.train.lr] * len(names))[index]
+        if index in plan.active and data.y is None and purpose == "train":
+            raise RecipeError(Issue("labels", f"{party} is to hold labels, but its file has no label column", recipe.labels))
+        self.seat = Seat(index, plan, method, data.y if index in plan.active else None)
+        slow = 1.0 + recipe.time.delay * (recipe.time.slow_party == party)
+        facts = {"rows": len(data.ids), "order": data.order_hash(recipe.network.run), "columns": data.block.train.shape[1]}
+        step_s = recipe.network.step_ms / 1000.0 * slow
+        self.port = PartyPort(plan, self.seat, data.block.test, recipe.security.mode, facts, step_s=step_s)
+        out.mkdir(parents=True, exist_ok=True)
+        network = recipe.network
+        self.port.link = self.link = Link(
+            identity, {n: network.addresses[n] for n in names}, network.run, f"{purpose} {job_hash(recipe)}", self.port.handle,
+            refused=self._refused, max_bytes=network.max_message_mb << 20, timeout_s=network.timeout_s,
+        )  # fmt: skip
+        self.started = time.monotonic()
+        self.lost_since: dict[str, float] = {}
+        self.pinged = self.saved_at = 0.0
+        self.scores: dict[str, float] = {}
+        self.signalled = False
+
+    def run(self) -> dict[str, float]:
+        """The whole run of this party; returns the final metrics (label holders) or {}."""
+        signal.signal(signal.SIGTERM, self._hear)
+        signal.signal(signal.SIGINT, self._hear)
+        resumed = self._restore()
+        self.link.start()
+        try:
+            self._greet_all()
+            self.say(f"{self.party}: all parties are there" + (f"; goes on from step {self.seat.taken}" if resumed else ""))
+            if self.seat.holds_labels:
+                self._begin(resumed)
+                self._events(lambda: self.seat.taken >= self.plan.steps and not self.port.tells and not self.port.unsent)
+                self._evaluate(final=True)
+                for p in self.port.peers:
+                    self._tell_done(p)
+            self.port.finished.add(self.party)
+            holders = {self.plan.names[p] for p in self.plan.active}
+            self._events(lambda: holders <= self.port.finished)
+            self._save(done=True)
+        except Refused as reason:
+            raise Failed(Issue(self.party, str(reason), has_value=False)) from None
+        finally:
+            self.link.close()
+        self._leave(self.scores)
+        return self.scores
+
+    def _begin(self, resumed: bool) -> None:
+        if not resumed:
+            self.seat.begin(self.port)
+            return
+        if any(peer.needs_reference for peer in self.port.peers.values()):
+            self._remind()
+        self.seat.go_on(self.port)
+
+    def _events(self, over: Callable[[], bool]) -> None:
+        """Do what happens until it is over. Never waits longer than a tick for anything."""
+        every = self.recipe.eval.every_epochs and max(1, round(self.recipe.eval.every_epochs * self.plan.epoch))
+        save_every = self.recipe.checkpoint.every or self.plan.epoch
+        while not over():
+            try:
+                what, k, value = self.port.events.get(timeout=TICK_S)
+            except queue.Empty:
+                what, k, value = "tick", 0, None
+            self._happen(what, k, value)
+            if what == "worked" and every and self.seat.taken % every == 0 and self.seat.taken < self.plan.steps:
+                self._evaluate(final=False)
+            done = self.seat.taken + self.port.applied
+            if done >= self.saved_at + save_every:
+                self._save()
+            self._watch()
+
+    def _happen(self, what: str, k: int, value: Any) -> None:
+        seat, port = self.seat, self.port
+        if what == "reply":
+            port.replied(k, *value)
+        elif what == "sent":
+            port.delivered(k, *value)
+        elif what == "greeted":
+            self._greeted(*value)
+        elif what == "answered":
+            with port.block:
+                seat.answered(port, k, value)
+        elif what == "worked":
+            with port.block:
+                seat.worked(port, k)
+        elif what == "acked":
+            seat.acked(port)
+        elif what == "met":
+            seat.met(port, value)
+        elif what == "summed":
+            seat.summed(port, k, value)
+        elif what == "refreshed":
+            with port.block:
+                seat.refreshed(port, value)
+        elif what == "evaluated":
+            self._evaluated(*value)
+
+    # who is there -----------------------------------------------------------------------------------------------------------
+
+    def _greet_all(self) -> None:
+        """Wait until every party has answered a greeting."""
+        until = time.monotonic() + self.recipe.network.patience_s
+        for p in self.port.peers:
+            self.port.greet(p)
+        missing = set(self.port.peers)
+        reasons: dict[str, str] = {}
+        while missing:
+            try:
+                what, k, value = self.port.events.get(timeout=TICK_S)
+            except queue.Empty:
+                if self.signalled:
+                    raise self._stop("asked to stop") from None
+                if time.monotonic() > until:
+                    listed = "; ".join(f"{p} ({self.recipe.network.addresses[p]}): {reasons.get(p, 'no answer')}" for p in sorted(missing))
+                    raise Failed(
+                        Issue(
+                            "network",
+                            f"not there within {self.recipe.network.patience_s:g} s: {listed}",
+                            has_value=False,
+                            hint="xutrain vertical doctor",
+                        )
+                    ) from None
+                continue
+            if what != "greeted":
+                self._happen(what, k, value)
+                continue
+            p, reply, reason = value
+            if reply is None:
+                reasons[p] = reason
+                if "another recipe" in reason or "another run" in reason or "align first" in reason:
+                    raise Failed(Issue("network", f"{p} {reason}", has_value=False, hint="all parties must use the same job file"))
+                time.sleep(TICK_S)
+                self.port.greet(p)
+            else:
+                self.port.meet_peer(p, reply)
+                missing.discard(p)
+
+    def _greeted(self, p: str, reply: Any, reason: str) -> None:
+        if reply is None:
+            self.port.away(p, reason)
+            return
+        self.port.meet_peer(p, reply)
+        if self.port.peers[p].lost:
+            self.say(f"{self.party}: {p} is back")
+            if self.seat.holds_labels and self.port.peers[p].needs_reference:
+                self._remind()
+            self.port.back(p)
+        self.lost_since.pop(p, None)
+
+    def _remind(self) -> None:
+        """Give collaborators that lost their memory a reference to start from: each estimate is unbiased with any."""
+        plan, method = self.plan, self.seat.method
+        if plan.backward and plan.table and self.seat.party == plan.leader:
+            zeros = np.zeros(plan.n)
+            known = method.state().get("reference")
+            self.port.refer(-1, zeros, known if known is not None else self.seat.reference_signal(zeros))
+
+    def _watch(self) -> None:
+        """Greet the lost, ping the silent, stop when patience is over or somebody asked for it."""
+        now = time.monotonic()
+        if now - self.pinged < PING_S:
+            return
+        self.pinged = now
+        patience = self.recipe.network.patience_s
+        for p, peer in self.port.peers.items():
+            if p in self.port.finished and not peer.lost:
+                continue
+            if peer.lost and p not in self.lost_since:
+                self.lost_since[p] = now
+                self.say(f"{self.party}: {p} does not answer ({peer.lost}); waiting up to {patience:g} s")
+            if peer.lost or now - peer.heard > 2 * PING_S:
+                self.port.greet(p)
+            if p in self.lost_since and now - self.lost_since[p] > patience:
+                raise self._stop(f"{p} was away for more than {patience:g} s ({peer.lost})")
+        if self.port.stopped:
+            raise self._stop(self.port.stopped, tell=False)
+        if self.signalled or (self.out / "STOP").exists():
+            raise self._stop("asked to stop")
+        if not np.isfinite(self.seat.method.weights).all():
+            raise Diverged(Issue(self.party, "the weights are not finite", hint="lower train.lr", has_value=False))
+
+    def _stop(self, reason: str, tell: bool = True) -> Stopped:
+        from xutrain.methods.vertical.transports.wire import Envelope
+
+        if tell:
+            for p, peer in self.port.peers.items():
+                if not peer.lost:
+                    try:
+                        self.link.ask(p, Envelope("stop", facts={"reason": reason}), timeout_s=1.0)
+                    except ConnectionError:
+                        continue
+        self._save()
+        self._leave({})
+        return Stopped(
+            Issue(
+                self.party,
+                f"stopped after {self.seat.taken} steps: {reason}",
+                hint="the same command goes on from the checkpoint",
+                has_value=False,
+            )
+        )
+
+    def _tell_done(self, p: str) -> None:
+        from xutrain.methods.vertical.transports.wire import Envelope
+
+        for _ in range(3):
+            try:
+                self.link.ask(p, Envelope("done"))
+                return
+            except ConnectionError:
+                time.sleep(TICK_S)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        self.signalled = True
+
+    def _refused(self, sender: str, reason: str) -> None:
+        line = {"time": time.time(), "from": sender, "reason": reason}
+        with (self.out / "refused.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.say(f"{self.party}: refused a message from {sender}: {reason}")
+
+    # what is measured and kept ----------------------------------------------------------------------------------------------
+
+    def _evaluate(self, final: bool) -> None:
+        if self.seat.party != self.plan.leader:
+            return
+        self.port.evaluate("train")
+        if final:
+            if len(self.data.y_test if self.data.y_test is not None else ()):
+                self.port.evaluate("test")
+            wanted = {"train", "test"} if self.data.y_test is not None and len(self.data.y_test) else {"train"}
+            self.arrived: set[str] = set()
+            self._events(lambda: wanted <= self.arrived)
+
+    def _evaluated(self, split: str, summed: np.ndarray) -> None:
+        assert self.data.y is not None and self.data.y_test is not None
+        y = self.data.y if split == "train" else self.data.y_test
+        totals, norm = summed[:-1], float(summed[-1])
+        task = {"logistic": "binary", "ridge": "regression", "softmax": "classes"}[self.recipe.loss]
+        loss = self.seat.method.objective(totals, y)
+        found = {f"{split}_{k}": v for k, v in quality(task, totals, y).items()}
+        if split == "train":
+            found["train_objective"] = loss + 0.5 * self.recipe.train.weight_decay * norm
+        else:
+            found["test_loss"] = loss
+        self.scores.update(found)
+        getattr(self, "arrived", set()).add(split)
+        line = {"step": self.seat.taken, "seconds": round(time.monotonic() - self.started, 3), **found}
+        with (self.out / "history.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.say(f"{self.party}: step {self.seat.taken}/{self.plan.steps}  " + "  ".join(f"{k} {v:.6g}" for k, v in found.items()))
+
+    def _save(self, done: bool = False) -> None:
+        """State of this party, whole or absent."""
+        with self.port.block:
+            arrays = {f"method.{k}": v for k, v in self.seat.method.state().items()}
+            counters = {**self.seat.counters(), "applied": self.port.applied, "done": int(done)}
+        self.saved_at = self.seat.taken + self.port.applied
+        aside = self.out / ".state.npz.aside"
+        with aside.open("wb") as file:
+            np.savez(file, job=np.array(job_hash(self.recipe)), **arrays, **{f"count.{k}": np.array(v) for k, v in counters.items()})
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, self.out / "state.npz")
+
+    def _restore(self) -> bool:
+        path = self.out / "state.npz"
+        if not path.is_file():
+            return False
+        with np.load(path, allow_pickle=False) as saved:
+            if str(saved["job"]) != job_hash(self.recipe):
+                raise RecipeError(Issue("--out", "holds the checkpoint of another job", str(self.out), "choose another folder"))
+            self.seat.method.load_state({k.removeprefix("method."): saved[k] for k in saved.files if k.startswith("method.")})
+            counters = {k.removeprefix("count."): int(saved[k]) for k in saved.files if k.startswith("count.")}
+        self.port.applied = counters["applied"]
+        self.seat.load_counters({**counters, "asked": counters["taken"], "unacked": 0, "rounds": counters["taken"]})
+        return True
+
+    def _leave(self, scores: dict[str, float]) -> None:
+        """The model and the ledger of this party."""
+        block, method = self.data.block, self.seat.method
+        model = {
+            "party": self.party,
+            "parties": self.plan.names,
+            "run": self.recipe.network.run,
+            "job": job_hash(self.recipe),
+            "columns": block.columns,
+            "weights": method.weights.tolist(),
+            "loss": self.recipe.loss,
+            "method": self.recipe.method.name,
+            "weight_decay": self.recipe.train.weight_decay,
+            "steps": self.seat.taken,
+            "preprocessing": block.preprocessing,
+            "metrics": scores,
+        }
+        (self.out / f"model.{self.party}.json").write_text(json.dumps(model, indent=1) + "\n", encoding="utf-8")
+        self.port.ledger.write(self.out / f"ledger.{self.party}.jsonl", self.plan.names.index(self.party), self.plan.names)
+
+
+def write_scores(path: Path, ids: list[str], totals: np.ndarray, loss: str) -> None:
+    """CSV of id and score, and for the logistic loss the probability of the positive class."""
+    lines = ["id,score,probability" if loss == "logistic" else "id,score"]
+    for i, z in zip(ids, totals, strict=True):
+        quoted = '"' + i.replace('"', '""') + '"' if any(c in i for c in ',"\n') else i
+        lines.append(f"{quoted},{z!r},{sigmoid(np.array(z))!r}" if loss == "logistic" else f"{quoted},{z!r}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+class Scoring(Process):
+    """Joint prediction: the same greeting, the same masked sum as an evaluation; only the label holder gets the scores."""
+
+    def __init__(self, recipe: Any, party: str, data: PartyData, identity: Identity, out: Path, say: Say, model: dict[str, Any]) -> None:
+        super().__init__(recipe, party, data, identity, out, say, purpose="predict")
+        self.seat.method.load_state({"weights": np.array(model["weights"])})
+        self.arrived = False
+
+    def run(self) -> dict[str, float]:
+        """Greet, sum once, write ``scores.csv`` at the leader."""
+        self.link.start()
+        try:
+            self._greet_all()
+            if self.seat.party == self.plan.leader:
+                self.port.evaluate("test")
+                self._events(lambda: self.arrived)
+                for p in self.port.peers:
+                    self._tell_done(p)
+            else:
+                self._events(lambda: self.plan.names[self.plan.leader] in self.port.finished)
+        except Refused as reason:
+            raise Failed(Issue(self.party, str(reason), has_value=False)) from None
+        finally:
+            self.link.close()
+        self.port.ledger.write(self.out / f"ledger.predict.{self.party}.jsonl", self.seat.party, self.plan.names)
+        return {"rows": float(len(self.data.test_ids))}
+
+    def _evaluated(self, split: str, summed: np.ndarray) -> None:
+        write_scores(self.out / "scores.csv", self.data.test_ids, summed[:-1], self.recipe.loss)
+        self.arrived = True
+
+    def _save(self, done: bool = False) -> None:
+        self.saved_at = float("inf")
+
+    def _leave(self, scores: dict[str, float]) -> None:
+        pass
