@@ -85,6 +85,16 @@ class Workers:
         """The mean over all workers of one tensor each, the same on every process."""
         return self.sum(tensors).div_(self.count)
 
+    def reduce_scatter(self, tensors: Sequence[Tensor]) -> Tensor:
+        """This process's block of the sum over all workers; lengths are multiples of the number of processes (ring sums)."""
+        total = torch.stack(list(tensors)).sum(dim=0) if len(tensors) > 1 else tensors[0].clone()
+        if self.processes == 1:
+            return total
+        out = total.new_empty(len(total) // self.processes)
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the newer name of torch 2.13
+        scatter(out, total)
+        return out
+
     def gather_at_server(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
         """One equally sized tensor of every worker, in worker order, on worker 0's process; None elsewhere."""
         if self.processes == 1:

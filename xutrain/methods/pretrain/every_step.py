@@ -1,0 +1,63 @@
+"""Data-parallel baselines that exchange gradients every step: AdamW, and Lion (arXiv 2302.06675).
+
+    G = mean_i Q(g^i), clipped to train.clip_norm after averaging;  one optimizer step on the common model
+
+With ``error_feedback`` each worker sends Q(g^i + e^i) and keeps what it lost. Traffic is local_steps times that of local steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from xutrain.engine.base_optimizers import base_optimizer
+from xutrain.engine.replica import clip_norm
+from xutrain.methods.base import DataParallel, Setup
+from xutrain.registry import Named, method
+
+
+class EveryStep(DataParallel):
+    """One base optimizer, the same on all workers, fed with the averaged gradient."""
+
+    clips_itself = True
+
+    class Options(Named):
+        error_feedback: bool = Field(False, description="send what earlier messages left out as well; for codecs that lose something")
+
+    def __init__(self, options: Any, setup: Setup) -> None:
+        super().__init__(options, setup)
+        self.base = base_optimizer(setup.optimizer, setup.layout)  # type: ignore[arg-type]
+        self.error = [torch.zeros_like(self.x) for _ in setup.workers.hosted] if options.error_feedback else []
+
+    def step(self, grads: list[Tensor], lr: float, step: int) -> None:
+        for grad, error in zip(grads, self.error, strict=False):
+            grad.add_(error)
+        result = self.setup.exchange.mean(grads, self.setup.ctx.key("step", step), want_sent=bool(self.error))
+        for grad, error, sent in zip(grads, self.error, result.sent, strict=False):
+            torch.sub(grad, sent, out=error)
+        self.base.step(self.x, clip_norm(result.mean, self.setup.recipe.train.clip_norm), lr)
+
+    def state(self) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+        workers = {w: {"error": e} for w, e in zip(self.setup.workers.hosted, self.error, strict=False)}
+        return {"x": self.x, "base": self.base.state()}, workers
+
+    def load_state(self, shared: dict[str, Any], worker: Callable[[int], dict[str, Any]]) -> None:
+        super().load_state(shared, worker)
+        self.base.load_state(shared["base"])
+        self.error = [worker(w)["error"] for w in self.setup.workers.hosted] if self.options.error_feedback else []
+
+
+@method("pretrain", "adamw", summary="baseline: AdamW on the gradient averaged every step", aliases=("adamw_ddp",))
+class AdamW(EveryStep):
+    class Options(EveryStep.Options):
+        pass
+
+
+@method("pretrain", "lion", paper="2302.06675", summary="baseline: Lion on the gradient averaged every step", aliases=("lion_ddp",))
+class Lion(EveryStep):
+    class Options(EveryStep.Options):
+        pass
