@@ -81,7 +81,7 @@ def test_config_of_another_model(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="exceeds"):
         prune_checkpoint(dense, tmp_path / "out", tokens())
     (dense / "config.json").unlink()
-    with pytest.raises(DataError, match="no config.json"):
+    with pytest.raises(DataError, match=r"no config\.json"):
         prune_checkpoint(dense, tmp_path / "out", tokens())
     with pytest.raises(DataError, match=r"config\.json|checkpoint folder"):
         prune_checkpoint(tmp_path / "nowhere", tmp_path / "out", tokens())

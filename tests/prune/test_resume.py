@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from prune_model import digest, save, tokens
 from xutrain.engine.workers import Workers
 from xutrain.errors import RecipeError, Stopped, UsageError
 from xutrain.methods.prune.checkpoint import prune_checkpoint
+from xutrain.models.shards import Target
 
 METHODS: list[dict[str, Any]] = [
     {"method": "moe_pruner"},
@@ -68,32 +68,26 @@ def test_one_and_several_processes(dense: Path, tmp_path: Path, forked: Any, opt
         assert files(tmp_path / str(count)) == files(tmp_path / "one")
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {here!r})
-from prune_model import tokens
-from xutrain.methods.prune import checkpoint
-from xutrain.models.shards import Target
-writes = 0
-plain = Target.write
-def write(self, name, tensor):
-    global writes
-    plain(self, name, tensor)
-    writes += 1
-    if writes == {at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-Target.write = write
-checkpoint.prune_checkpoint({dense!r}, {out!r}, tokens(), batch=2)
-"""
+def _killed_at(dense: Path, out: Path, at: int) -> None:
+    plain, writes = Target.write, iter(range(1, 10**6))
+
+    def write(self: Target, name: str, tensor: torch.Tensor) -> None:
+        plain(self, name, tensor)
+        if next(writes) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Target.write = write  # type: ignore[method-assign]
+    prune_checkpoint(dense, out, tokens(), batch=2)
 
 
 def test_killed_in_the_middle_of_a_layer(dense: Path, tmp_path: Path) -> None:
     prune_checkpoint(dense, tmp_path / "whole", tokens(), batch=2)
     out = tmp_path / "killed"
     for at in (5, 20):  # inside the first layer; then, going on, inside a later one (hidden states are written there too)
-        script = KILLED.format(here=str(Path(__file__).parent), dense=str(dense), out=str(out), at=at)
-        done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        child = multiprocessing.get_context("fork").Process(target=_killed_at, args=(dense, out, at))
+        child.start()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
     prune_checkpoint(dense, out, tokens(), batch=2)
     assert files(out) == files(tmp_path / "whole")
 

@@ -57,6 +57,12 @@ class Entry:
         return self.stop - self.start
 
 
+def _view(buffer: Tensor) -> memoryview:
+    """The bytes of a uint8 tensor."""
+    held: Any = buffer.numpy()
+    return memoryview(held)
+
+
 def _bad(where: Path, what: str, hint: str = "") -> DataError:
     return DataError(Issue(str(where), what, hint=hint, has_value=False))
 
@@ -147,7 +153,7 @@ class Source:
         return buffer.view(dtype).view(e.shape) if e.bytes else torch.empty(e.shape, dtype=dtype)
 
     def read_into(self, e: Entry, buffer: Tensor) -> None:
-        view, at = memoryview(buffer.numpy()), 0
+        view, at = _view(buffer), 0
         while at < e.bytes:
             done = os.preadv(self._descriptor(e.file), [view[at : at + _PIECE]], e.start + at)
             if done == 0:
@@ -167,7 +173,8 @@ class Source:
 
 def header_of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     """The header of a shard that holds ``tensors`` (name -> dtype code, shape) one after the other."""
-    at, table = 0, {"__metadata__": {"format": "pt"}}  # type: dict[str, Any]
+    at = 0
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, (code, shape) in tensors.items():
         size = math.prod(shape) * DTYPES[code].itemsize
         table[name] = {"dtype": code, "shape": list(shape), "data_offsets": [at, at + size]}
@@ -213,7 +220,7 @@ class Target:
         e = self.entries[name]
         assert tuple(tensor.shape) == e.shape, f"{name}: {tuple(tensor.shape)} for {e.shape}"
         stored = tensor.detach().to("cpu", DTYPES[e.dtype]).contiguous()
-        self._put(e, memoryview(stored.view(-1).view(torch.uint8).numpy()) if e.bytes else memoryview(b""))
+        self._put(e, _view(stored.view(-1).view(torch.uint8)) if e.bytes else memoryview(b""))
 
     def copy(self, source: Source, name: str, to: str | None = None) -> None:
         """Copy one tensor bit by bit, in pieces."""
@@ -223,7 +230,7 @@ class Target:
             part = Entry(e.name, e.file, e.dtype, e.shape, e.start + at, min(e.start + at + _PIECE, e.stop))
             buffer = torch.empty(part.bytes, dtype=torch.uint8)
             source.read_into(part, buffer)
-            self._put(Entry(place.name, place.file, "U8", (), place.start + at, place.start + at + part.bytes), memoryview(buffer.numpy()))
+            self._put(Entry(place.name, place.file, "U8", (), place.start + at, place.start + at + part.bytes), _view(buffer))
 
     def _put(self, e: Entry, data: memoryview) -> None:
         at = 0

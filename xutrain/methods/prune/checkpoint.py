@@ -23,13 +23,13 @@ from torch import Tensor
 from xutrain.engine.rng import Key
 from xutrain.engine.workers import Workers
 from xutrain.errors import DataError, Issue, Stopped, UsageError
-from xutrain.methods.prune.base import ROLES, Expert, Routing, WeightMethod
+from xutrain.methods.prune.base import Routing, WeightMethod
 from xutrain.methods.prune.expert import Outcome, Row, decide, prune_expert, share_dropped, store
+from xutrain.methods.prune.forward import Forward
 from xutrain.methods.prune.journal import Journal, identity
 from xutrain.methods.prune.load_balance import coefficient_of_variation, loads
 from xutrain.methods.prune.masks import Pattern
 from xutrain.methods.prune.sums import SumsReader, SumsWriter
-from xutrain.models.decoder import Layer, Rotary, attention_config, load_layer
 from xutrain.models.moe import Architecture
 from xutrain.models.shards import DTYPES, Source, Target
 
@@ -117,9 +117,9 @@ def prune_checkpoint(
     journal = Journal(target_folder, identity(source, tokens, known))
     if (done := journal.finished()) is not None:
         return Report(target_folder, done["experts"], done["layers"], already=True)
-    run = _Run(arch, source, Target(target_folder, source.headers), part, how, journal)
-    run.propagate, run.rescale, run.seed, run.batch, run.chunk = propagate, rescale, seed, batch, chunk
-    run.compute, run.device, run.workers = compute, torch.device(device), workers or Workers(1)
+    forward = Forward(arch, source, compute, torch.device(device), workers or Workers(1), batch, chunk)
+    run = _Run(forward, Target(target_folder, source.headers), part, how, journal)
+    run.propagate, run.rescale, run.seed = propagate, rescale, seed
     run.save_every, run.progress = save_every, progress
     run.writer = SumsWriter(Path(save_sums), arch, part, known) if save_sums else None
     run.reader = SumsReader(Path(from_sums), arch, part) if from_sums else None
@@ -167,21 +167,14 @@ class _Run:
     propagate: str
     rescale: bool
     seed: int
-    batch: int
-    chunk: int
-    compute: torch.dtype
-    device: torch.device
-    workers: Workers
     save_every: int
     progress: Progress | None
     writer: SumsWriter | None
     reader: SumsReader | None
 
-    def __init__(
-        self, arch: Architecture, source: Source, target: Target, method: WeightMethod, pattern: Pattern, journal: Journal
-    ) -> None:
-        self.arch, self.source, self.target = arch, source, target
-        self.method, self.pattern, self.journal = method, pattern, journal
+    def __init__(self, forward: Forward, target: Target, method: WeightMethod, pattern: Pattern, journal: Journal) -> None:
+        self.forward, self.arch, self.source, self.workers = forward, forward.arch, forward.source, forward.workers
+        self.target, self.method, self.pattern, self.journal = target, method, pattern, journal
 
     @property
     def main(self) -> bool:
@@ -198,13 +191,9 @@ class _Run:
         first, hidden = self.journal.resume_at()
         if self.reader is not None:
             first, hidden = len(self.journal.layers), torch.empty(0)
-        if hidden is None:
-            hidden = self.source.read("model.embed_tokens.weight")[tokens].to(self.compute)
-        hidden = hidden.to(self.device)
-        config = attention_config(self.arch)
-        rotary = Rotary(self.arch, config, self.device)
+        hidden = self.forward.embed(tokens) if hidden is None else hidden.to(self.forward.device)
         for index in range(first, self.arch.layers):
-            rows, load = self.layer(index, hidden, config, rotary)
+            rows, load = self.layer(index, hidden)
             self.target.sync()
             self.workers.barrier()
             if self.main:
@@ -228,64 +217,38 @@ class _Run:
                 if self.main:
                     self.journal.add({"copied": file})
 
-    def layer(self, index: int, hidden: Tensor, config: Any, rotary: Rotary) -> tuple[list[Row], dict[str, Any]]:
+    def layer(self, index: int, hidden: Tensor) -> tuple[list[Row], dict[str, Any]]:
         """Prune one layer and move ``hidden`` (n, s, d) through it, in place."""
         if self.reader is not None:
             return self.from_sums(index), {}
-        layer = load_layer(self.arch, self.source, index, config, self.compute, self.device)
-        x = self.attend(layer, hidden, rotary)
+        layer = self.forward.load(index)
+        x = self.forward.attend(layer, hidden)
         if not self.arch.has_experts(index):
             return [], {}
-        flat = hidden.view(-1, self.arch.hidden)
-        routing = self.route(layer, x)
+        routing = self.forward.route(layer, x)
         rows: list[Row] = []
-        for e in range(0, self.arch.experts, self.workers.processes):
-            mine = e + self.workers.rank
-            outcome = self.expert(index, mine, x, routing) if mine < self.arch.experts else None
-            outputs = self.workers.gather([x.new_empty(0, x.shape[1]) if outcome is None else _given(outcome.output)])
-            for other, output in enumerate(outputs):  # in expert order, whatever the number of processes
-                if e + other < self.arch.experts:
-                    flat[routing.routed(e + other)[0]] += output
-            rows += [r for r in self.workers.objects([None if outcome is None else outcome.row]) if r is not None]
+
+        def pruned(e: int) -> Tensor:
+            outcome = self.expert(index, e, x, routing)
+            rows.append(outcome.row)
+            return outcome.output
+
+        self.forward.add_experts(hidden, routing, pruned)
         if self.writer is not None:
             self.writer.layer(index, self.workers)
         counts = loads(routing)
         cv = {f"{k}_cv": coefficient_of_variation(v) for k, v in counts.items()}
-        return rows, {"layer": index, **{k: v.tolist() for k, v in counts.items()}, **cv}
+        return self.everyone(rows), {"layer": index, **{k: v.tolist() for k, v in counts.items()}, **cv}
 
-    def attend(self, layer: Layer, hidden: Tensor, rotary: Rotary) -> Tensor:
-        """Attention, residual, and what every token gets; returns the experts' input (T, d). Batches are divided over processes."""
-        starts = list(range(0, len(hidden), self.batch))
-        share = -(-len(starts) // self.workers.processes)
-        mine = starts[self.workers.rank * share : (self.workers.rank + 1) * share]
-        x = torch.empty_like(hidden)
-        for start in mine:
-            at = slice(start, start + self.batch)
-            h = layer.attend(hidden[at], rotary(hidden))
-            x[at] = layer.post_attention_layernorm(h)
-            if layer.sparse:
-                always = layer.block.always(x[at])
-                h = h if always is None else h + always
-            elif not self.arch.dense:
-                h = h + layer.mlp(x[at])
-            hidden[at] = h
-        if self.workers.processes > 1:
-            span = slice(mine[0], mine[-1] + self.batch) if mine else slice(0, 0)
-            for whole in (hidden, x):
-                whole.copy_(torch.cat(self.workers.gather([whole[span].clone()])))
-        return x.view(-1, self.arch.hidden)
-
-    def route(self, layer: Layer, x: Tensor) -> Routing:
-        if self.arch.dense:  # one expert that every token reaches
-            ones = x.new_ones(len(x), 1, dtype=torch.float32)
-            return Routing(torch.zeros_like(ones, dtype=torch.int64), ones, ones)
-        parts = [layer.block.route(piece) for piece in x.split(self.chunk)]
-        return Routing(*(torch.cat(p) for p in zip(*parts, strict=True)))
+    def everyone(self, rows: list[Row]) -> list[Row]:
+        """The rows of all processes, by expert."""
+        blocks = self.workers.objects([[r.as_dict() for r in rows]])
+        return sorted((Row(**r) for block in blocks for r in block), key=lambda r: r.expert)
 
     def expert(self, layer: int, e: int, x: Tensor, routing: Routing) -> Outcome:
         outcome = prune_expert(
             self.method,
-            self.read(layer, e),
+            self.forward.read(layer, e),
             self.stored(layer, e),
             x,
             routing,
@@ -294,7 +257,7 @@ class _Run:
             Key(self.seed, "prune", layer, e),
             rescale=self.rescale,
             propagate=self.propagate,
-            chunk=self.chunk,
+            chunk=self.forward.chunk,
             name=self.arch.expert_name(layer, e, "gate").rsplit(".", 2)[0],
         )
         self.write(layer, e, outcome.matrices)
@@ -308,21 +271,16 @@ class _Run:
         rows: list[Row] = []
         for e in range(self.arch.experts if self.arch.has_experts(layer) else 0):
             if e % self.workers.processes == self.workers.rank:
-                expert = self.read(layer, e)
+                expert = self.forward.read(layer, e)
                 sums, tokens = self.reader.expert(layer, e)
-                on = {k: v.to(self.device, self.compute) for k, v in sums.items()}
+                on = {k: v.to(expert.gate) for k, v in sums.items()}
                 cut, fallback = decide(self.method, expert, on, tokens, self.pattern, Key(self.seed, "prune", layer, e))
                 self.write(layer, e, store(cut, expert, self.stored(layer, e)))
                 rows.append(Row(layer, e, tokens, None, fallback, share_dropped(cut.masks), None))
-        found = [Row(**r) for block in self.workers.objects([[r.as_dict() for r in rows]]) for r in block]
-        return sorted(found, key=lambda r: r.expert)
+        return self.everyone(rows)
 
     def stored(self, layer: int, e: int) -> torch.dtype:
         return DTYPES[self.source.entry(self.arch.expert_name(layer, e, "gate")).dtype]
-
-    def read(self, layer: int, e: int) -> Expert:
-        names = (self.arch.expert_name(layer, e, r) for r in ROLES)
-        return Expert(*(self.source.read(n).to(self.device, self.compute) for n in names))
 
     def write(self, layer: int, e: int, matrices: dict[str, Tensor]) -> None:
         for role, matrix in matrices.items():
@@ -341,11 +299,6 @@ class _Run:
             self.journal.finish({**known, "experts": experts, "layers": layers})
         self.workers.barrier()
         return Report(self.target.folder, experts, layers)
-
-
-def _given(output: Tensor | None) -> Tensor:
-    assert output is not None
-    return output
 
 
 def copy_companions(source: Path, out: Path) -> None:

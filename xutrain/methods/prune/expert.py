@@ -23,7 +23,8 @@ from xutrain.methods.prune.rescale import RowScales
 class Row:
     """What the report says of one expert.
 
-    tokens: calibration tokens routed to it; mass: sum of their router weights (None when cut from cached sums); fallback: too few tokens, cut by magnitude;
+    tokens: calibration tokens routed to it; mass: sum of their router weights (None when cut from cached sums);
+    fallback: too few tokens, cut by magnitude;
     sparsity: share of its weights dropped; error: ||g (E - E')|| / ||g E|| over its routed tokens, None without tokens.
     """
 
@@ -45,7 +46,7 @@ class Outcome:
 
     matrices: dict[str, Tensor]
     masks: dict[str, Tensor]
-    output: Tensor | None
+    output: Tensor
     sums: dict[str, Tensor]
     row: Row
 
