@@ -1,0 +1,86 @@
+"""DEF: detached error feedback (arXiv 2004.05298, section 3), and DEF-A, the same training evaluated at x.
+
+    gradient at p^k = x - lambda e^k, while all of e^k is fed back;   sum_k ||p^k - y||^2 / K = lambda^2 V + (1 - lambda)^2 M
+
+with M = ||mean e||^2 and V = mean ||e^k - mean e||^2: least at lambda = M / (M + V). Limits: lambda 0 is EF, 1 is SAEF without
+averaging, ratio 1 is SGD for every lambda. ``coeff: adaptive`` (ours) estimates M and V on the block that is exchanged anyway,
+with one more number per message. With local steps and coeff alpha this is also SA-PEF (arXiv 2601.20738).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from xutrain.errors import Issue
+from xutrain.methods.base import Setup
+from xutrain.methods.codecs.base import Codec
+from xutrain.methods.sparsify.base import Feedback, FeedbackOptions
+from xutrain.registry import method
+
+_KEEP = 0.95
+
+
+class DetachedOptions(FeedbackOptions):
+    """Options of DEF and DEF-A."""
+
+    coeff: float | Literal["adaptive"] = Field(0.3, description="Detach coefficient lambda in [0, 1], or adaptive.")
+    eval_point: Literal["y", "x", "local"] = Field("y", description="Point that is saved and measured first.")
+
+
+@method("sparsify", "def", paper="2004.05298", summary="detached error feedback, measured at the virtual point y", aliases=("sa_pef",))
+class DEF(Feedback):
+    class Options(DetachedOptions):
+        name: str = "def"
+
+    def __init__(self, options: Any, setup: Setup) -> None:
+        super().__init__(options, setup)
+        self.adaptive = options.coeff == "adaptive"
+        self.moments = [0.0, 0.0]  # running M_S and V_S
+
+    @classmethod
+    def unsound(cls, recipe: Any, codec: Codec) -> list[Issue]:
+        found, coeff = super().unsound(recipe, codec), recipe.method.coeff
+        if coeff != "adaptive":
+            return (
+                found
+                if 0 <= coeff <= 1
+                else [Issue("method.coeff", "must be in [0, 1], or adaptive", coeff, "the paper's value is 0.3"), *found]
+            )
+        if recipe.method.two_way or not (codec.shared_support or codec.dense):
+            what = f"adaptive needs messages that all hold the same coordinates, which those of {codec.label} do not"
+            found.append(Issue("method.coeff", what, coeff, "set codec.name=random_block, or a number in [0, 1]"))
+        return found
+
+    def send(self, key: Any) -> Tensor:
+        fed = self.setup.exchange.feedback(self.error, key, power=self.adaptive)
+        if fed.power is not None:
+            common = float(torch.linalg.vector_norm(fed.mean).square())
+            for i, value in enumerate((common, max(0.0, fed.power - common))):
+                self.moments[i] = _KEEP * self.moments[i] + (1 - _KEEP) * value
+            self.coeff = self.moments[0] / sum(self.moments) if sum(self.moments) > 0 else 1.0
+        return fed.mean
+
+    def message_bits(self, length: int) -> tuple[int, int]:
+        return self.setup.exchange.bits(length, True) if self.adaptive else super().message_bits(length)
+
+    def diagnostics(self) -> dict[str, float]:
+        return {**super().diagnostics(), "coeff": self.coeff}
+
+    def state(self) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+        shared, workers = super().state()
+        return {**shared, "coeff": self.coeff, "moments": list(self.moments)}, workers
+
+    def load_state(self, shared: dict[str, Any], worker: Any) -> None:
+        super().load_state(shared, worker)
+        self.coeff, self.moments = shared["coeff"], list(shared["moments"])
+
+
+@method("sparsify", "def_a", paper="2004.05298", summary="DEF evaluated at x, which is an average of y's iterates")
+class DEFA(DEF):
+    class Options(DetachedOptions):
+        name: str = "def_a"
+        eval_point: Literal["x", "y", "local"] = Field("x", description="Point that is saved and measured first.")
