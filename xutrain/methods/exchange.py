@@ -75,7 +75,7 @@ class Exchange:
             return Result(mean, [v - r for v, r in zip(vectors, left, strict=True)] if want_sent else [])
         up, down = self.bits(length)
         self.meter.add(part, up, down)
-        if self.ring and self.codec.dense:
+        if self.codec.dense and (self.ring or self.mode == "allgather"):
             return Result(self.workers.mean(vectors), list(vectors) if want_sent else [])
         if self.mode == "alltoall":
             return self._alltoall(vectors, key, want_sent)

@@ -69,7 +69,8 @@ class Feedback(DataParallel):
 
     def __init__(self, options: Any, setup: Setup) -> None:
         super().__init__(options, setup)
-        self.coeff = float(options.coeff) if isinstance(getattr(options, "coeff", 0.0), (int, float)) else 1.0
+        given = getattr(options, "coeff", 0.0)
+        self.coeff = 1.0 if given == "adaptive" else float(given)
         hosted = setup.workers.hosted
         self.error = [torch.zeros_like(self.x) for _ in hosted]
         self.velocity = [torch.zeros_like(self.x) for _ in hosted]
