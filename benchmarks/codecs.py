@@ -1,6 +1,7 @@
 """Codec speed on one core: encode with packing, unpack with decode, against a memory copy in the same run.
 
 Usage: python benchmarks/codecs.py [--elements 25000000] [--repeats 5] [--bucket 2048] [--only orq-9 terngrad] [--json]
+XUTRAIN_PURE=1 measures the path without compiled kernels.
 Medians over the repeats; ns per element; "copies" is the time of both directions in copies of the vector.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 import xutrain
+from xutrain.methods.codecs import fast
 
 CODECS: dict[str, dict[str, object]] = {
     "orq-3": {"name": "orq", "levels": 3},
@@ -50,6 +52,7 @@ def median(work: Callable[[], object], repeats: int) -> float:
 def measure(elements: int, repeats: int, bucket: int, only: list[str]) -> dict[str, object]:
     """All codecs side by side in one process."""
     torch.set_num_threads(1)
+    compiled = fast.load() is not None
     vector = torch.from_numpy(np.random.default_rng(0).standard_normal(elements, dtype=np.float32))
     target = torch.empty_like(vector)
     copy = median(lambda: target.copy_(vector), max(3, repeats))
@@ -75,16 +78,7 @@ def measure(elements: int, repeats: int, bucket: int, only: list[str]) -> dict[s
             }
         )
     machine = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {**machine, "elements": elements, "bucket": bucket, "repeats": repeats, "compiled": compiled(), "copy_s": copy, "rows": rows}
-
-
-def compiled() -> bool:
-    """Whether the compiled kernels are in use."""
-    try:
-        from xutrain.methods.codecs import fast
-    except ImportError:
-        return False
-    return fast.ON
+    return {**machine, "elements": elements, "bucket": bucket, "repeats": repeats, "compiled": compiled, "copy_s": copy, "rows": rows}
 
 
 def table(result: dict[str, object]) -> str:

@@ -69,13 +69,13 @@ class Key:
             np.bitwise_xor(h, s, out=h)
         return out
 
-    def uniform(self, n: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """``n`` float32 values in [0, 1) with 24 random bits each, shape (n,)."""
+    def uniform(self, n: int, device: torch.device | str = "cpu", start: int = 0) -> torch.Tensor:
+        """``n`` float32 values in [0, 1) with 24 random bits each, shape (n,), for the counters start .. start+n-1."""
         import torch
 
         if torch.device(device).type != "cpu":
-            return _uniform_on(self.words, n, torch.device(device))
-        words = self.bits(n)
+            return _uniform_on(self.words, n, torch.device(device), start)
+        words = self.bits(n, start)
         np.right_shift(words, 8, out=words)
         values = words.astype(np.float32)
         values *= np.float32(2.0**-24)
@@ -92,13 +92,13 @@ class Key:
         return np.random.Generator(np.random.Philox(self.integer))
 
 
-def _uniform_on(words: tuple[int, int], n: int, device: torch.device) -> torch.Tensor:
+def _uniform_on(words: tuple[int, int], n: int, device: torch.device, start: int = 0) -> torch.Tensor:
     """The same sequence computed on a device, in 64-bit arithmetic masked to 32 bits (torch has no uint32 product)."""
     import torch
 
     low, high = words
     mask = 0xFFFFFFFF
-    h = (torch.arange(n, device=device, dtype=torch.int64) * _GOLDEN + low) & mask
+    h = (torch.arange(start, start + n, device=device, dtype=torch.int64) * _GOLDEN + low) & mask
     h = ((h ^ (h >> 16)) * _M1) & mask
     h = h ^ high
     h = ((h ^ (h >> 15)) * _M2) & mask

@@ -169,7 +169,7 @@ def _flips(seed: int, start: int, shape: torch.Size, device: torch.device) -> Te
     """Signs +1 and -1, float32: the top bits of the keyed sequence from ``start`` on, the same on every device."""
     key, n = Key(seed, "rotation"), shape.numel()
     if not on_host(device):
-        return torch.where(key.uniform(start + n, device)[start:] < 0.5, 1.0, -1.0).view(shape)
+        return torch.where(key.uniform(n, device, start) < 0.5, 1.0, -1.0).view(shape)
     words = key.bits(n, start)
     np.bitwise_and(words, np.uint32(0x80000000), out=words)
     np.bitwise_or(words, np.uint32(0x3F800000), out=words)  # the bits of +-1.0

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from xutrain.methods.codecs.scalar import BucketOptions, ScalarCodec
-from xutrain.methods.codecs.search import evenly, greedy, sort_rows, sweep
+from xutrain.methods.codecs.search import evenly, greedy, greedy_levels, sort_rows, sweep
 from xutrain.registry import codec
 
 _GREEDY = tuple(2**k + 1 for k in range(1, 8))  # 3, 5, 9, ... 129
@@ -48,6 +48,8 @@ class ORQ(ScalarCodec):
         return self.tag(f"orq-{self.base}" + (f"-refine{self.options.refine}" if self.options.refine else ""))
 
     def find(self, rows: Tensor) -> Tensor:
+        if self.base in _GREEDY and not self.options.refine:
+            return greedy_levels(rows, self.base)
         ordered = sort_rows(rows)
         cuts = (greedy if self.base in _GREEDY else evenly)(ordered, self.base)
         for _ in range(self.options.refine or 0):

@@ -6,12 +6,15 @@ they hold the same levels.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from xutrain.engine.rng import Key
 from xutrain.errors import Issue, UsageError
+from xutrain.methods.codecs import fast
 
 
 def on_host(device: torch.device) -> bool:
@@ -30,18 +33,18 @@ def need_key(key: Key | None, name: str) -> Key:
     return key
 
 
-def draws(key: Key, start: int, n: int, device: torch.device) -> Tensor:
-    """Elements start .. start+n-1 of ``key.uniform``: float32 in [0, 1), shape (n,), on ``device``."""
-    if not on_host(device):
-        return key.uniform(start + n, device)[start:]
-    words = key.bits(n, start)
-    np.right_shift(words, 8, out=words)
-    values = words.astype(np.float32)
-    values *= np.float32(2.0**-24)
-    return torch.from_numpy(values)
+class Draws(NamedTuple):
+    """Elements ``start``, start + 1, ... of ``key.uniform``, drawn when they are needed."""
+
+    key: Key
+    start: int
+
+    def uniforms(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """float32 in [0, 1) of ``shape`` on ``device``."""
+        return self.key.uniform(shape.numel(), device, self.start).view(shape)
 
 
-def round_randomly(rows: Tensor, levels: Tensor, uniforms: Tensor, out: Tensor) -> None:
+def round_randomly(rows: Tensor, levels: Tensor, draws: Draws, out: Tensor) -> None:
     """Random rounding of ``rows`` (B, n) onto ascending ``levels`` (B, s): symbols to ``out``, uint8 (B, n).
 
     A value in [b_k, b_k+1] becomes k+1 with probability (v - b_k) / (b_k+1 - b_k); values beyond the outer levels are clipped
@@ -51,6 +54,13 @@ def round_randomly(rows: Tensor, levels: Tensor, uniforms: Tensor, out: Tensor) 
     """
     if levels.numel() and float(levels.abs().amax()) > _HUGE:
         rows, levels = rows * 0.25, levels * 0.25
+    compiled = fast.kernels(rows.numel()) if on_host(rows.device) else None
+    if compiled:
+        low, high = map(np.uint32, draws.key.words)
+        start = np.uint32(draws.start & 0xFFFFFFFF)
+        compiled.round_rows(rows.contiguous().numpy(), levels.contiguous().numpy(), low, high, start, out.numpy())
+        return
+    uniforms = draws.uniforms(rows.shape, rows.device)
     widths = levels[:, 1:] - levels[:, :-1]
     difference, scaled = torch.empty_like(rows), torch.empty_like(rows)
     hit = torch.empty_like(out)
@@ -83,12 +93,16 @@ def at_least(rows: Tensor, threshold: Tensor | float, out: Tensor) -> None:
 
 def look_up(levels: Tensor, symbols: Tensor, out: Tensor) -> None:
     """``out[i, j] = levels[i, symbols[i, j]]``: levels (B, s), symbols uint8 (B, n), out float32 (B, n)."""
-    if on_host(out.device):
+    if not on_host(out.device):
+        torch.gather(levels, 1, symbols.long(), out=out)
+        return
+    compiled = fast.kernels(out.numel())
+    if compiled:
+        compiled.look_up_rows(levels.contiguous().numpy(), symbols.contiguous().numpy(), out.numpy())
+    else:
         index = symbols.numpy().astype(np.intp)
         index += np.arange(len(levels), dtype=np.intp)[:, None] * levels.shape[1]
         np.take(levels.numpy().reshape(-1), index, out=out.numpy(), mode="clip")
-    else:
-        torch.gather(levels, 1, symbols.long(), out=out)
 
 
 def moments(rows: Tensor, levels: Tensor) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from xutrain.engine.rng import Key
 from xutrain.errors import Issue, UsageError
 from xutrain.methods.codecs import packing, rounding
 from xutrain.methods.codecs.base import Codec, Payload, check_finite
-from xutrain.methods.codecs.rounding import draws, look_up, moments, need_key, round_randomly
+from xutrain.methods.codecs.rounding import Draws, look_up, moments, need_key, round_randomly
 from xutrain.registry import Named
 
 _BF16_MAX = float(torch.finfo(torch.bfloat16).max)
@@ -108,11 +108,11 @@ class ScalarCodec(Codec):
         """Levels, ascending, float32 (B, base), from the numbers that were sent (B, sent)."""
         return numbers
 
-    def quantise(self, rows: Tensor, uniforms: Tensor | None, out: Tensor) -> Tensor:
+    def quantise(self, rows: Tensor, draws: Draws | None, out: Tensor) -> Tensor:
         """Write symbols to ``out``, uint8 (B, n), and return the numbers to send; random rounding by default."""
         numbers = self.as_sent(self.find(rows))
-        assert uniforms is not None
-        round_randomly(rows, self.table(numbers), uniforms, out)
+        assert draws is not None
+        round_randomly(rows, self.table(numbers), draws, out)
         return numbers
 
     # --- what all of them share
@@ -149,8 +149,8 @@ class ScalarCodec(Codec):
         numbers = torch.empty(self._buckets(length), self.sent, dtype=self._dtype, device=device)
         for block in self._blocks(vector):
             rows = self._rows(vector, block)
-            uniforms = draws(key, block.start, rows.numel(), device).view_as(rows) if self.random and key is not None else None
-            numbers[block.first : block.last] = self.quantise(rows, uniforms, symbols[block.start : block.stop].view_as(rows))
+            draws = Draws(key, block.start) if self.random and key is not None else None
+            numbers[block.first : block.last] = self.quantise(rows, draws, symbols[block.start : block.stop].view_as(rows))
         head = numbers.view(-1).view(torch.uint8)
         data = torch.empty(self.payload_bits(length) // 8, dtype=torch.uint8, device=device)
         data[: head.numel()] = head

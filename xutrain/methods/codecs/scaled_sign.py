@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from xutrain.methods.codecs.rounding import at_least
-from xutrain.methods.codecs.scalar import BucketOptions, ScalarCodec
+from xutrain.methods.codecs.rounding import Draws, at_least
+from xutrain.methods.codecs.scalar import Block, BucketOptions, ScalarCodec
 from xutrain.registry import codec
 
 
@@ -24,14 +25,26 @@ class ScaledSign(ScalarCodec):
 
     class Options(BucketOptions):
         name: str = "scaled_sign"
-        scope: Literal["bucket", "global"] = Field("bucket", description="What shares one magnitude: a bucket, or the whole vector.")
+        scope: Literal["bucket", "tensor", "global"] = Field("bucket", description="What shares one magnitude: a bucket, a tensor, or all.")
+
+    def __init__(self, options: Any, workers: int = 1) -> None:
+        super().__init__(options, workers)
+        self.per_tensor = options.scope == "tensor"
 
     @property
     def label(self) -> str:
-        return self.tag("scaled-sign" + ("" if self.options.scope == "bucket" else "-global"))
+        return self.tag("scaled-sign" + ("" if self.options.scope == "bucket" else f"-{self.options.scope}"))
 
     def bucket(self, length: int) -> int:
-        return length if self.options.scope == "global" else int(self.options.bucket)
+        return int(self.options.bucket) if self.options.scope == "bucket" else length
+
+    def _buckets(self, length: int) -> int:
+        return len(self.tensors(length)) if self.per_tensor else super()._buckets(length)
+
+    def _blocks(self, vector: Tensor) -> Iterator[Block]:
+        if not self.per_tensor:
+            return super()._blocks(vector)
+        return (Block(i, i + 1, part.start, part.stop, part.numel) for i, part in enumerate(self.tensors(vector.numel())))
 
     def find(self, rows: Tensor) -> Tensor:
         return (rows.abs().sum(1, keepdim=True, dtype=torch.float64) / rows.shape[1]).float()
@@ -39,6 +52,6 @@ class ScaledSign(ScalarCodec):
     def table(self, numbers: Tensor) -> Tensor:
         return torch.cat((-numbers, numbers), 1)
 
-    def quantise(self, rows: Tensor, uniforms: Tensor | None, out: Tensor) -> Tensor:
+    def quantise(self, rows: Tensor, draws: Draws | None, out: Tensor) -> Tensor:
         at_least(rows, 0.0, out)
         return self.as_sent(self.find(rows))

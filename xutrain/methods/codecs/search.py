@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xutrain.methods.codecs import rounding
+from xutrain.methods.codecs import fast, rounding
 
 
 class SortedRows(NamedTuple):
@@ -101,6 +101,16 @@ def greedy(rows: SortedRows, levels: int) -> Cuts:
         cuts.put(slice(half, None, step), middle(rows, cuts.pick(slice(0, -1, step)), cuts.pick(slice(step, None, step))))
         step = half
     return cuts
+
+
+def greedy_levels(rows: Tensor, levels: int) -> Tensor:
+    """The levels of ``greedy`` for unsorted rows (B, n): float32 (B, levels)."""
+    compiled = fast.kernels(rows.numel()) if rounding.on_host(rows.device) else None
+    if not compiled:
+        return greedy(sort_rows(rows), levels).value.float()
+    found = torch.empty(len(rows), levels)
+    compiled.greedy_rows(np.sort(rows.numpy(), axis=1), levels, found.numpy())
+    return found
 
 
 def evenly(rows: SortedRows, levels: int) -> Cuts:

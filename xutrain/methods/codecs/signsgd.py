@@ -35,7 +35,7 @@ class SignSGD(Codec):
         return Payload(packing.pack(symbols, 2), vector.numel())
 
     def decode(self, payload: Payload) -> Tensor:
-        return packing.unpack(payload.data, 2, payload.length).float() * 2.0 - 1.0
+        return packing.unpack(payload.data, 2, payload.length).float().mul_(2.0).sub_(1.0)
 
     def payload_bits(self, length: int) -> int:
         return 8 * packing.packed_bytes(2, length)

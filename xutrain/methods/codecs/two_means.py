@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xutrain.methods.codecs.rounding import at_least
+from xutrain.methods.codecs.rounding import Draws, at_least
 from xutrain.methods.codecs.scalar import ScalarCodec
 
 
@@ -27,7 +27,7 @@ class TwoMeans(ScalarCodec):
     def find(self, rows: Tensor) -> Tensor:
         return self._split(rows, torch.empty_like(rows, dtype=torch.uint8))
 
-    def quantise(self, rows: Tensor, uniforms: Tensor | None, out: Tensor) -> Tensor:
+    def quantise(self, rows: Tensor, draws: Draws | None, out: Tensor) -> Tensor:
         return self.as_sent(self._split(rows, out))
 
     def _split(self, rows: Tensor, out: Tensor) -> Tensor:

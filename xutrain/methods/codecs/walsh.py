@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xutrain.methods.codecs import fast, rounding
+
 
 def hadamard(rows: Tensor) -> Tensor:
     """H x for every row x of ``rows`` (B, N), N a power of two; H has entries +-1 and H H = N. Returns a new tensor."""
     count, n = rows.shape
     assert n & (n - 1) == 0, n
+    compiled = fast.kernels(rows.numel()) if rounding.on_host(rows.device) else None
+    if compiled:
+        out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        compiled.hadamard_rows(rows.contiguous().numpy(), out.numpy())
+        return out
     columns = rows.t().contiguous()  # every step then adds long contiguous runs
     other = torch.empty_like(columns)
     half = 1
