@@ -86,8 +86,7 @@ def test_mistakes(arguments: list[str], says: str, hint: str, capfd: pytest.Capt
         ("seed: 2147483648", "seed: must be less than"),
         ("verb: federate", "is a recipe of `federate`"),
         ("verb: training", "verb: must be one of"),
-        ("extends: nothing", "no such recipe"),
-        ("codec: {name: [orq]}", "unknown codec"),
+        ("method: {name: [sgd]}", "unknown method"),
         ("x: " + "[" * 3000, "error:"),
     ],
 )
@@ -113,6 +112,12 @@ def test_not_utf8_and_not_a_recipe(capfd: pytest.CaptureFixture[str], tmp_path: 
     for name in ("latin", "list", "empty"):
         assert run(["quantize", "--config", str(tmp_path / f"{name}.yaml")]) == 2
     assert capfd.readouterr().err.count("error:") == 3
+
+
+def test_extends_nothing(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: base/digitz.yaml\n")
+    assert run(["quantize", "--config", str(tmp_path / "a.yaml")]) == 2
+    assert "no such recipe" in capfd.readouterr().err
 
 
 def test_extends_in_a_circle(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
