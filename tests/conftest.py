@@ -32,7 +32,10 @@ def run_forked(function: Callable[..., Any], processes: int, *arguments: Any, ti
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"
         pipes = [context.Pipe(duplex=False) for _ in range(processes)]
-        children = [context.Process(target=_child, args=(rank, processes, store, pipes[rank][1], function, arguments), daemon=True) for rank in range(processes)]
+        children = [
+            context.Process(target=_child, args=(rank, processes, store, pipes[rank][1], function, arguments), daemon=True)
+            for rank in range(processes)
+        ]
         for child in children:
             child.start()
         answers = []

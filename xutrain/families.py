@@ -37,11 +37,39 @@ FAMILIES: dict[str, Family] = {
     f.verb: f
     for f in (
         _family("quantize", "Train with quantized gradients: BinGrad, ORQ and every baseline.", "data_parallel", ("2002.11082",), "orq"),
-        _family("sparsify", "Train with error feedback: SAEF, DEF, DEF-A and every baseline.", "data_parallel", ("2008.05823", "2004.05298"), "def"),
-        _family("federate", "Train across clients: DOMO, FedSM/SoftPull, Auto-FedRL and baselines.", "federated", ("2102.03970", "2203.10144", "2203.06338"), "domo"),
-        _family("pipeline", "Train a pipeline of stages with diversely stale parameters: DSP.", "pipelined", ("1909.02625",), "dsp", actions=True),
-        _family("vertical", "Train between parties that hold different features: AFSGD/AFSVRG/AFSAGA-VP.", "vertical", ("2008.06233",), "afsgd", actions=True),
+        _family(
+            "sparsify",
+            "Train with error feedback: SAEF, DEF, DEF-A and every baseline.",
+            "data_parallel",
+            ("2008.05823", "2004.05298"),
+            "def",
+        ),
+        _family(
+            "federate",
+            "Train across clients: DOMO, FedSM/SoftPull, Auto-FedRL and baselines.",
+            "federated",
+            ("2102.03970", "2203.10144", "2203.06338"),
+            "domo",
+        ),
+        _family(
+            "pipeline",
+            "Train a pipeline of stages with diversely stale parameters: DSP. Also: pipeline plan, schedule, stragglers.",
+            "pipelined",
+            ("1909.02625",),
+            "dsp",
+            actions=True,
+        ),
+        _family(
+            "vertical",
+            "Train between parties that hold different features: AFSGD/AFSVRG/AFSAGA-VP.",
+            "vertical",
+            ("2008.06233",),
+            "afsgd",
+            actions=True,
+        ),
         _family("prune", "Prune mixture-of-experts checkpoints: MoE-Pruner and baselines.", "pruning", ("2410.12013",), "moe_pruner"),
-        _family("pretrain", "Pre-train GPT-2 with distributed sign momentum and local steps: DSM.", "data_parallel", ("2411.17866",), "dsm"),
+        _family(
+            "pretrain", "Pre-train GPT-2 with distributed sign momentum and local steps: DSM.", "data_parallel", ("2411.17866",), "dsm"
+        ),
     )
 }

@@ -45,7 +45,11 @@ def execute(folder: Path, timeout_s: float = 600) -> int:
         with Context.open(recipe.seed, deterministic=recipe.deterministic, threads=recipe.threads, timeout_s=timeout_s) as ctx:
             title = f"{recipe.verb}/{run.get('recipe', '')} seed {recipe.seed}"
             config = recipe.model_dump(mode="json")
-            sinks, notes = open_sinks(folder, title, config, recipe.log, str(run.get("group", "")), int(run.get("verbosity", 0))) if ctx.is_main else ([], [])
+            sinks, notes = (
+                open_sinks(folder, title, config, recipe.log, str(run.get("group", "")), int(run.get("verbosity", 0)))
+                if ctx.is_main
+                else ([], [])
+            )
             record = Record(folder, ctx.meter, seed=recipe.seed, is_main=ctx.is_main, sinks=sinks)
             for text in notes:
                 record.note(text)
@@ -123,7 +127,13 @@ def main() -> None:
         code = execute(folder, timeout_s=float(os.environ.get("XUTRAIN_TIMEOUT_S", "600")))
     except Exception as error:
         rank = int(os.environ.get("RANK", "0"))
-        fault = {"rank": rank, "status": "failed", "exit_code": 1, "error": [f"error: rank {rank}: {type(error).__name__}: {error}"], "time": time.time()}
+        fault = {
+            "rank": rank,
+            "status": "failed",
+            "exit_code": 1,
+            "error": [f"error: rank {rank}: {type(error).__name__}: {error}"],
+            "time": time.time(),
+        }
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         (folder / "logs" / f"fault-{rank}.json").write_text(json.dumps(fault), encoding="utf-8")
         traceback.print_exc()

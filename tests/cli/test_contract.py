@@ -25,9 +25,24 @@ def test_result(capfd: pytest.CaptureFixture[str], runs: Path) -> None:
     assert list(result) == ["run", "recipe", "verb", "method", "codec", "seed", "status", "scale", "metrics", "bits", "wall_s"]
     assert set(result["bits"]) == {"up", "down", "per_worker_step"}
     assert {"train_loss", "test_loss", "test_accuracy"} <= set(result["metrics"])
-    assert (result["verb"], result["recipe"], result["method"], result["codec"], result["status"], result["scale"]) == ("quantize", "orq", "sgd", "orq", "done", "cpu")
+    assert (result["verb"], result["recipe"], result["method"], result["codec"], result["status"], result["scale"]) == (
+        "quantize",
+        "orq",
+        "sgd",
+        "orq",
+        "done",
+        "cpu",
+    )
     folder = Path(result["run"])
-    for name in ("recipe.yaml", "source.yaml", "overrides.txt", "run.json", "state.json", "metrics.jsonl", "checkpoints/step-000004/model.safetensors"):
+    for name in (
+        "recipe.yaml",
+        "source.yaml",
+        "overrides.txt",
+        "run.json",
+        "state.json",
+        "metrics.jsonl",
+        "checkpoints/step-000004/model.safetensors",
+    ):
         assert (folder / name).is_file(), name
     assert folder.relative_to(runs).parts[:2] == ("quantize", "orq")
     again = _json(["quantize", *QUICK, "--out", str(runs), "--json"], capfd)
@@ -95,9 +110,21 @@ def test_fresh_keeps_the_old_folder(capfd: pytest.CaptureFixture[str], runs: Pat
 def test_listings(capfd: pytest.CaptureFixture[str]) -> None:
     methods = _json(["ls", "methods", "--json"], capfd)
     assert all(list(m) == ["verb", "kind", "name", "paper", "summary"] for m in methods)
-    assert {"orq", "bingrad_pb", "bingrad_b", "terngrad", "qsgd", "linear", "quantile", "onebit", "signsgd", "scaled_sign", "fp", "eden", "pb_orq"} <= {
-        m["name"] for m in methods if m["kind"] == "codec"
-    }
+    assert {
+        "orq",
+        "bingrad_pb",
+        "bingrad_b",
+        "terngrad",
+        "qsgd",
+        "linear",
+        "quantile",
+        "onebit",
+        "signsgd",
+        "scaled_sign",
+        "fp",
+        "eden",
+        "pb_orq",
+    } <= {m["name"] for m in methods if m["kind"] == "codec"}
     recipes = _json(["ls", "recipes", "--json"], capfd)
     assert all(set(r) == {"verb", "name", "path", "scale", "summary"} for r in recipes)
     assert all(r["summary"] and r["scale"] in ("cpu", "paper") for r in recipes)
@@ -115,7 +142,19 @@ def test_cp_validate_diff(capfd: pytest.CaptureFixture[str], tmp_path: Path, run
     assert _json(["quantize", "--config", str(mine), "--smoke", "--out", str(runs), "--json"], capfd)["recipe"] == "mine"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["ls", "methods"], ["ls", "recipes"], ["show", "orq"], ["runs", "ls"], ["data", "ls"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["quantize", "--help"],
+        ["ls", "methods"],
+        ["ls", "recipes"],
+        ["show", "orq"],
+        ["runs", "ls"],
+        ["data", "ls"],
+        ["--version"],
+    ],
+)
 def test_no_torch_where_nothing_is_computed(arguments: list[str]) -> None:
     code = f"import sys; from xutrain.cli.app import run; c = run({arguments!r}); assert 'torch' not in sys.modules, 'torch'; sys.exit(c)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

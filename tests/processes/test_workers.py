@@ -22,7 +22,9 @@ def _collectives(count: int) -> dict[str, Any]:
         "any": (workers.any(ctx.rank == ctx.processes - 1), workers.any(False)),
         "least": workers.least(7 - ctx.rank),
         "objects": workers.objects([{"worker": w} for w in workers.hosted]),
-        "server": None if (got := workers.gather_at_server([torch.tensor([float(w)]) for w in workers.hosted])) is None else [t.item() for t in got],
+        "server": None
+        if (got := workers.gather_at_server([torch.tensor([float(w)]) for w in workers.hosted])) is None
+        else [t.item() for t in got],
     }
 
 

@@ -1,6 +1,6 @@
 """The command line, and the one place where errors become exit codes.
 
-    0 done   1 a bug or the machine   2 usage or recipe   3 data or model   4 diverged   5 report --check   75 stopped   130 interrupted
+0 done   1 a bug or the machine   2 usage or recipe   3 data or model   4 diverged   5 report --check   75 stopped   130 interrupted
 """
 
 from __future__ import annotations

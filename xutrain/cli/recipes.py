@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ from xutrain.recipe import catalog, yamlfile
 
 KINDS = {"recipes": None, "methods": "method", "codecs": "codec", "datasets": "dataset", "models": "model", "suites": None}
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Verb = Annotated[Optional[str], typer.Option("--verb", help="Only what this verb uses.")]
+Verb = Annotated[str | None, typer.Option("--verb", help="Only what this verb uses.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def ls(
-    what: Annotated[Optional[str], typer.Argument(metavar="[" + "|".join(KINDS) + "]", show_default=False)] = None,
+    what: Annotated[str | None, typer.Argument(metavar="[" + "|".join(KINDS) + "]", show_default=False)] = None,
     verb: Verb = None,
     json: Json = False,
 ) -> None:
@@ -61,7 +61,9 @@ def listing(what: str, verb: str | None = None) -> list[dict[str, Any]]:
         return [item.as_dict() for item in catalog.listing(verb)]
     if what == "suites":
         files = {f.stem: f for root in reversed(catalog.roots()) for f in sorted((root / "suites").glob("*.yaml"))}
-        return [{"name": name, "path": str(f), "summary": str(catalog.merged(f)[0].get("summary", ""))} for name, f in sorted(files.items())]
+        return [
+            {"name": name, "path": str(f), "summary": str(catalog.merged(f)[0].get("summary", ""))} for name, f in sorted(files.items())
+        ]
     kinds = ["method", "codec"] if what == "methods" else [str(KINDS[what])]
     rows = []
     for kind in kinds:
@@ -81,7 +83,7 @@ def _owners(kind: str, entry: registry.Entry) -> tuple[str, ...]:
 
 def show(
     name: Annotated[str, typer.Argument(help="A recipe; or `method`, `codec`, `dataset`, `model` and a second name.")],
-    part: Annotated[Optional[str], typer.Argument(show_default=False)] = None,
+    part: Annotated[str | None, typer.Argument(show_default=False)] = None,
     verb: Verb = None,
     resolved: Annotated[bool, typer.Option("--resolved", help="With everything that it extends and every default.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="The JSON schema of the recipe or of the part's options.")] = False,
@@ -152,7 +154,13 @@ def _option(name: str, prop: dict[str, Any], schema: dict[str, Any]) -> dict[str
     choices = " | ".join(map(str, first.get("enum", []))) or str(first.get("const", ""))
     required = name in schema.get("required", [])
     default = "required" if required else prop.get("default")
-    return {"option": name, "type": choices or first.get("type", "section"), "default": default, "bounds": bounds, "meaning": prop.get("description", "")}
+    return {
+        "option": name,
+        "type": choices or first.get("type", "section"),
+        "default": default,
+        "bounds": bounds,
+        "meaning": prop.get("description", ""),
+    }
 
 
 def _uses(path: str, kind: str, name: str) -> bool:

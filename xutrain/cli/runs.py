@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +23,9 @@ def folders(root: Path, under: str = "") -> list[Path]:
 
 
 @app.command("ls", epilog="Example: xutrain runs ls quantize/orq")
-def ls(under: Annotated[str, typer.Argument(help="verb, or verb/recipe", show_default=False)] = "", out: Out = Path("runs"), json: Json = False) -> None:
+def ls(
+    under: Annotated[str, typer.Argument(help="verb, or verb/recipe", show_default=False)] = "", out: Out = Path("runs"), json: Json = False
+) -> None:
     """List runs with their status and their main numbers."""
     rows = [_row(f) for f in folders(out, under)]
     if json:
@@ -31,14 +33,23 @@ def ls(under: Annotated[str, typer.Argument(help="verb, or verb/recipe", show_de
     elif not rows:
         console.out.print(f"no runs under {out / under}", markup=False)
     else:
-        shown = [[r["verb"], r["recipe"], r["method"], r["codec"], r["seed"], r["status"], r["step"], _short(r["metrics"]), r["run"]] for r in rows]
+        shown = [
+            [r["verb"], r["recipe"], r["method"], r["codec"], r["seed"], r["status"], r["step"], _short(r["metrics"]), r["run"]]
+            for r in rows
+        ]
         console.table(["verb", "recipe", "method", "codec", "seed", "status", "step", "metrics", "folder"], shown)
 
 
 def _row(folder: Path) -> dict[str, Any]:
     run, state = read_json(folder / "run.json"), read_json(folder / "state.json")
     head = {key: run.get(key) for key in ("verb", "recipe", "method", "codec", "seed")}
-    return {**head, "run": str(folder), "status": state.get("status", "queued"), "step": state.get("step"), "metrics": state.get("result", {}).get("metrics", {})}
+    return {
+        **head,
+        "run": str(folder),
+        "status": state.get("status", "queued"),
+        "step": state.get("step"),
+        "metrics": state.get("result", {}).get("metrics", {}),
+    }
 
 
 def _short(metrics: dict[str, Any]) -> str:
@@ -53,18 +64,26 @@ def show(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json 
     newest: dict[str, Any] = {}
     for line in read_metrics(folder):
         newest[str(line["name"])] = {"step": line["step"], "value": line["value"]}
-    value = {**_row(folder), "notes": read_json(folder / "run.json").get("notes", []), "state": read_json(folder / "state.json"), "newest": newest}
+    value = {
+        **_row(folder),
+        "notes": read_json(folder / "run.json").get("notes", []),
+        "state": read_json(folder / "state.json"),
+        "newest": newest,
+    }
     if json:
         console.print_json(value)
         return
-    console.table(["what", "value"], [[k, value[k]] for k in ("run", "verb", "recipe", "method", "codec", "seed", "status")] + [["note", n] for n in value["notes"]])
+    console.table(
+        ["what", "value"],
+        [[k, value[k]] for k in ("run", "verb", "recipe", "method", "codec", "seed", "status")] + [["note", n] for n in value["notes"]],
+    )
     console.table(["metric", "step", "value"], [[n, v["step"], v["value"]] for n, v in newest.items()])
 
 
 @app.command("stop", epilog="Example: xutrain runs stop runs/quantize/orq/1a2b3c4d/seed0 --at-step 500")
 def stop(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    at_step: Annotated[Optional[int], typer.Option(min=0, help="Stop after this many steps instead of at the next boundary.")] = None,
+    at_step: Annotated[int | None, typer.Option(min=0, help="Stop after this many steps instead of at the next boundary.")] = None,
 ) -> None:
     """Ask a run to save and stop at the next step boundary; works across machines."""
     folder = _open(run)

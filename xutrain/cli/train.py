@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -11,12 +11,25 @@ from xutrain.cli import console
 from xutrain.errors import Issue, UsageError
 from xutrain.families import FAMILIES, Family
 
-Config = Annotated[Optional[str], typer.Option("--config", "-c", metavar="NAME_OR_PATH", help="A recipe: a path, or a name that `xutrain ls recipes` shows.")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe keys, dotted: train.epochs=3", show_default=False)]
+Config = Annotated[
+    str | None,
+    typer.Option("--config", "-c", metavar="NAME_OR_PATH", help="A recipe: a path, or a name that `xutrain ls recipes` shows."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe keys, dotted: train.epochs=3", show_default=False),
+]
 Nproc = Annotated[int, typer.Option(help="Processes to spread the participants over.")]
-Launcher = Annotated[Optional[str], typer.Option(metavar="local|torchrun|slurm", help="How to start: local (one process), torchrun, or slurm.", show_default="local, torchrun if --nproc > 1")]
-Cluster = Annotated[Optional[str], typer.Option(metavar="NAME", help="SLURM profile: a name under configs/clusters, or a path.")]
-Seeds = Annotated[Optional[str], typer.Option(metavar="0,1,2", help="Seeds to run, one run folder each.")]
+Launcher = Annotated[
+    str | None,
+    typer.Option(
+        metavar="local|torchrun|slurm",
+        help="How to start: local (one process), torchrun, or slurm.",
+        show_default="local, torchrun if --nproc > 1",
+    ),
+]
+Cluster = Annotated[str | None, typer.Option(metavar="NAME", help="SLURM profile: a name under configs/clusters, or a path.")]
+Seeds = Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds to run, one run folder each.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Apply the recipe's smoke overrides: seconds, embedded data.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe, the plan and the predicted bits; run nothing.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; an existing run folder is moved aside.")]
@@ -29,7 +42,8 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show everything 
 def register(app: typer.Typer) -> None:
     """Add one command per verb; a verb that is not built yet is hidden and says so."""
     for family in FAMILIES.values():
-        epilog = f"Example: xutrain {family.verb} --config {family.default} --seeds 0,1,2    Next: xutrain ls recipes, xutrain show {family.default}"
+        example = f"xutrain {family.verb} --config {family.default} --seeds 0,1,2"
+        epilog = f"Example: {example}    Next: xutrain ls recipes, xutrain show {family.default}"
         app.command(family.verb, help=family.help, hidden=not family.built, epilog=epilog)(_verb(family))
 
 
@@ -50,12 +64,23 @@ def _verb(family: Family) -> Any:
         verbose: Verbose = False,
     ) -> None:
         if not family.built:
-            raise UsageError(Issue(family.verb, "this verb is not part of this version yet", has_value=False, hint="xutrain --help lists what is"))
+            raise UsageError(
+                Issue(family.verb, "this verb is not part of this version yet", has_value=False, hint="xutrain --help lists what is")
+            )
         if config is None:
-            raise UsageError(Issue("--config", "is missing", has_value=False, hint=f"xutrain {family.verb} --config {family.default}; all: xutrain ls recipes"))
+            raise UsageError(
+                Issue(
+                    "--config",
+                    "is missing",
+                    has_value=False,
+                    hint=f"xutrain {family.verb} --config {family.default}; all: xutrain ls recipes",
+                )
+            )
         verbosity = -1 if quiet else 1 if verbose else 0
         given = list(overrides or [])
-        plans = _plans(family, config, given, seeds, smoke, nproc=nproc, launcher=launcher, fresh=fresh and not dry_run, out=out, verbosity=verbosity)
+        plans = _plans(
+            family, config, given, seeds, smoke, nproc=nproc, launcher=launcher, fresh=fresh and not dry_run, out=out, verbosity=verbosity
+        )
         if launcher == "slurm":
             from xutrain.launch import slurm
 
@@ -70,7 +95,9 @@ def _verb(family: Family) -> Any:
         if not quiet:
             for result in results:
                 if result.get("recalled"):
-                    console.err.print(f"note: {result['run']} was finished before; this is its result (--fresh runs it again)", markup=False)
+                    console.err.print(
+                        f"note: {result['run']} was finished before; this is its result (--fresh runs it again)", markup=False
+                    )
         value = summary(results)
         if json:
             console.print_json(value)
@@ -82,7 +109,9 @@ def _verb(family: Family) -> Any:
     return run
 
 
-def _plans(family: Family, config: str, overrides: list[str], seeds: str | None, smoke: bool, *, nproc: int, launcher: str | None, **kwargs: Any) -> list[Any]:
+def _plans(
+    family: Family, config: str, overrides: list[str], seeds: str | None, smoke: bool, *, nproc: int, launcher: str | None, **kwargs: Any
+) -> list[Any]:
     from xutrain.launch.plan import plan
     from xutrain.recipe.load import load
 
@@ -135,10 +164,13 @@ def _show_forecasts(values: list[dict[str, Any]]) -> None:
 
     console.out.print(dump(values[0]["resolved"]), markup=False, end="")
     for value in values:
-        rows = [["run folder", value["run"]], ["steps", value["steps"]], ["processes", value["plan"]["nproc"]], ["launcher", value["plan"]["launcher"]]]
+        rows = [
+            ["run folder", value["run"]],
+            ["steps", value["steps"]],
+            ["processes", value["plan"]["nproc"]],
+            ["launcher", value["plan"]["launcher"]],
+        ]
         rows += [["sent, all", console.bits(value["bits"]["up"])], ["received, all", console.bits(value["bits"]["down"])]]
         rows += [["per worker and step", console.bits(value["bits"]["per_worker_step"])]]
         rows += [[k.replace("_", " "), v] for k, v in value["forecast"].items() if not isinstance(v, (dict, list))]
         console.table([f"dry run, seed {value['seed']}", "predicted"], rows)
-
-

@@ -66,7 +66,9 @@ class Saved:
             value = torch.load(path, map_location=self._device, weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(Issue(str(path), f"cannot be loaded as plain weights: {reason}", has_value=False, hint="use --fresh to start anew")) from None
+            raise CheckpointError(
+                Issue(str(path), f"cannot be loaded as plain weights: {reason}", has_value=False, hint="use --fresh to start anew")
+            ) from None
         assert isinstance(value, dict)
         return value
 
@@ -85,7 +87,9 @@ class Checkpoints:
         """Whether the recipe asks for a checkpoint after ``step`` steps."""
         return self.options.every is not None and step % self.options.every == 0
 
-    def save(self, step: int, *, shared: dict[str, Any], workers: dict[int, dict[str, Any]] | None = None, model: dict[str, Tensor] | None = None) -> Path:
+    def save(
+        self, step: int, *, shared: dict[str, Any], workers: dict[int, dict[str, Any]] | None = None, model: dict[str, Tensor] | None = None
+    ) -> Path:
         """Write the checkpoint of ``step``; each process brings the workers that it hosts, the first one the rest.
 
         Raises:

@@ -55,7 +55,14 @@ class Record:
         return self._earlier_s + time.monotonic() - self._started
 
     def log(
-        self, step: int, values: dict[str, float], *, split: str | None = None, epoch: float | None = None, round: int | None = None, **tags: str | int | float
+        self,
+        step: int,
+        values: dict[str, float],
+        *,
+        split: str | None = None,
+        epoch: float | None = None,
+        round: int | None = None,
+        **tags: str | int | float,
     ) -> None:
         """Append one line a value: step, split, name, value, bits so far, seconds so far.
 

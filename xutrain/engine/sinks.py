@@ -55,7 +55,14 @@ class Console(Sink):
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
             self._bar = Progress(*columns, console=RichConsole(stderr=True), transient=True)
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=total, text="")
@@ -82,7 +89,9 @@ class Wandb(Sink):
         self.failure = ""
         try:
             settings = wandb.Settings(init_timeout=30)
-            self._run = wandb.init(project=log.project, name=name, group=group, config=config, dir=str(folder), mode=log.wandb, settings=settings)
+            self._run = wandb.init(
+                project=log.project, name=name, group=group, config=config, dir=str(folder), mode=log.wandb, settings=settings
+            )
         except (wandb.Error, OSError) as error:
             self.failure = str(error).splitlines()[0]
 

@@ -91,14 +91,24 @@ def _cause(folder: Path, code: int) -> dict[str, Any]:
         return {key: told[0][key] for key in ("status", "exit_code", "error") if key in told[0]}
     seen = read_json(folder / "logs" / "first-failure.json")
     who = f"rank {seen['rank']} ended with exit code {seen['exitcode']}" if seen else f"a process ended with exit code {code}"
-    text = [f"error: {who} without a message (killed, or out of memory)", f"hint: see {folder / 'logs'}; the same command goes on from the last checkpoint"]
+    text = [
+        f"error: {who} without a message (killed, or out of memory)",
+        f"hint: see {folder / 'logs'}; the same command goes on from the last checkpoint",
+    ]
     return {"status": "failed", "exit_code": 1, "error": text}
 
 
 def _refuse_tampered(folder: Path, state: dict[str, Any]) -> None:
     if state.get("metrics_sha256") not in (None, metrics_digest(folder)):
         hint = "run it again with --fresh; the old folder is kept aside"
-        raise Failed(Issue(str(folder / "metrics.jsonl"), "was changed after the run ended: its checksum differs from state.json", has_value=False, hint=hint))
+        raise Failed(
+            Issue(
+                str(folder / "metrics.jsonl"),
+                "was changed after the run ended: its checksum differs from state.json",
+                has_value=False,
+                hint=hint,
+            )
+        )
 
 
 def public(result: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,13 @@ def run_processes(folder: Path, nproc: int, verbosity: int = 0) -> int:
     (logs / "first-failure.json").unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     with subprocess.Popen(
-        command(folder, nproc), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True, preexec_fn=_die_with_parent
+        command(folder, nproc),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
     ) as process:
         relay = threading.Thread(target=_relay, args=(process.stdout, logs / "torchrun.log", verbosity), daemon=True)
         relay.start()
@@ -79,7 +85,7 @@ def _note_first_failure(logs: Path) -> None:
         (logs / "first-failure.json").write_text(json.dumps({"rank": found[0], "exitcode": found[1]}), encoding="utf-8")
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Runs in the child before torchrun starts: Linux ends it when the launcher dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -61,7 +61,9 @@ def find(config: str, verb: str | None = None) -> tuple[Path, str | None]:
     if homes:
         if verb is None:
             raise RecipeError(Issue("--config", f"is a recipe of several verbs: {', '.join(homes)}", config, f"say {homes[0]}/{stem}"))
-        raise RecipeError(Issue("--config", f"is a recipe of `{homes[0]}`, not of `{verb}`", config, f"xutrain {homes[0]} --config {config}"))
+        raise RecipeError(
+            Issue("--config", f"is a recipe of `{homes[0]}`, not of `{verb}`", config, f"xutrain {homes[0]} --config {config}")
+        )
     names = [n if verb else f"{v}/{n}" for v, n in known if verb in (None, v)]
     near = suggest(stem.rsplit("/", 1)[-1] if verb else stem, names)
     listing = "xutrain ls recipes"

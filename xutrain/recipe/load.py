@@ -73,7 +73,9 @@ def from_dict(verb: str, mapping: dict[str, Any], **kwargs: Any) -> Recipe:
 def recipe_class(family: Family) -> type[Recipe]:
     """The recipe class of a verb. Raises RecipeError where the verb is not built."""
     if not family.built:
-        raise RecipeError(Issue(family.verb, "this verb is not part of this version yet", has_value=False, hint="xutrain --help lists what is"))
+        raise RecipeError(
+            Issue(family.verb, "this verb is not part of this version yet", has_value=False, hint="xutrain --help lists what is")
+        )
     module, name = family.recipe.split(":")
     cls = getattr(importlib.import_module(module), name)
     assert issubclass(cls, Recipe)
@@ -83,7 +85,14 @@ def recipe_class(family: Family) -> type[Recipe]:
 def _family(raw: dict[str, Any], implied: str | None, verb: str | None, config: str) -> Family:
     said = raw.get("verb") or implied or verb
     if not isinstance(said, str) or said not in FAMILIES:
-        raise RecipeError(Issue("verb", "must be one of " + ", ".join(FAMILIES), said, "write `verb: quantize` into the recipe, or name it on the command line"))
+        raise RecipeError(
+            Issue(
+                "verb",
+                "must be one of " + ", ".join(FAMILIES),
+                said,
+                "write `verb: quantize` into the recipe, or name it on the command line",
+            )
+        )
     if verb is not None and said != verb:
         raise RecipeError(Issue("--config", f"is a recipe of `{said}`, not of `{verb}`", config, f"xutrain {said} --config {config}"))
     return FAMILIES[said]

@@ -18,7 +18,8 @@ class Exchange(Options):
         description="allgather: all decode all; alltoall: each averages and re-encodes one shard; ps: a server decodes and sends fp32 back",
     )
     reduction: Literal["exact", "ring"] = Field(
-        "exact", description="exact: added in worker order, bit-equal for any number of processes; ring: plain all-reduce (fp and shared-support codecs)"
+        "exact",
+        description="exact: added in worker order, bit-equal on any processes; ring: plain all-reduce (fp and shared-support codecs)",
     )
 
 

@@ -24,7 +24,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.MarkedYAMLError(problem="anchors and aliases are not allowed; use `extends:` to share", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases are not allowed; use `extends:` to share", problem_mark=event.start_mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -37,7 +39,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
         if not isinstance(key, str):
             raise yaml.MarkedYAMLError(problem=f"key {key!r} is not a word; put it in quotes", problem_mark=key_node.start_mark)
         if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice, on lines {seen[key]} and {line}", problem_mark=key_node.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"key {key!r} is given twice, on lines {seen[key]} and {line}", problem_mark=key_node.start_mark
+            )
         seen[key] = line
         result[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
     return result
@@ -60,7 +64,9 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))  # type: ignore[no-untyped-call]
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])  # type: ignore[no-untyped-call]
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?=.*[0-9nf])(?:{_FLOAT.pattern})", re.IGNORECASE), list("-+0123456789."))  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(rf"(?=.*[0-9nf])(?:{_FLOAT.pattern})", re.IGNORECASE), list("-+0123456789.")
+)  # type: ignore[no-untyped-call]
 
 
 def parse(text: str, where: str) -> Any:
@@ -72,7 +78,9 @@ def parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
-        raise RecipeError(Issue(place, str(error.problem or error.context or error), hint=_hint(str(error.problem)), has_value=False)) from None
+        raise RecipeError(
+            Issue(place, str(error.problem or error.context or error), hint=_hint(str(error.problem)), has_value=False)
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(Issue(where, f"is not YAML: {str(error).splitlines()[0]}", has_value=False)) from None
     except RecursionError:
