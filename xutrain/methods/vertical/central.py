@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, sparse
+from scipy import sparse
 
 from xutrain.methods.vertical.base import Features
 from xutrain.methods.vertical.losses import Array, Loss, sigmoid
@@ -37,6 +37,7 @@ def optimum(features: Features, y: NDArray, loss: Loss, l2: float, outputs: int 
     x = np.asarray(features.todense()) if isinstance(features, sparse.csr_matrix) else features
     n, d = x.shape
     if loss.name == "softmax":
+        from scipy import optimize  # slow to import, and only needed here
 
         def both(flat: Array) -> tuple[float, Array]:
             w = flat.reshape(d, outputs)

@@ -1,0 +1,56 @@
+"""Small vertical jobs that tests run to their end or step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from xutrain.engine.context import Context
+from xutrain.loops import vertical
+from xutrain.recipe.load import from_dict
+
+BC3 = 0.10241656575570418  # optimum of breast cancer, l2 0.01, no intercept
+
+
+def recipe_of(**changes: Any) -> Any:
+    """Breast cancer with three label holders; a dotted key changes one value."""
+    raw: dict[str, Any] = {
+        "data": {"name": "breast_cancer"},
+        "method": {"name": "afsgd"},
+        "labels": "all",
+        "train": {"epochs": 2, "lr": 0.03, "weight_decay": 0.01},
+        "security": {"mode": "plain"},
+        "time": {},
+        "eval": {},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            raw[section][name] = value
+        else:
+            raw[section] = value
+    return from_dict("vertical", raw)
+
+
+def run_through(recipe: Any, watch: Callable[[Any], None] | None = None) -> Any:
+    """The finished job of a recipe; ``watch(job)`` after every event."""
+    job = vertical.build(recipe, Context(recipe.seed))
+    for seat in job.seats:
+        seat.begin(job.net)
+    while job.net.step():
+        if watch:
+            watch(job)
+    return job
+
+
+@pytest.fixture
+def run() -> Callable[..., Any]:
+    """``run(**changes)``: the finished job and its recipe."""
+
+    def go(watch: Callable[[Any], None] | None = None, **changes: Any) -> Any:
+        recipe = recipe_of(**changes)
+        return run_through(recipe, watch), recipe
+
+    return go
