@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xutrain.engine.context import Context
-from xutrain.engine.record import Record, metrics_digest, read_json, write_json
+from xutrain.engine.record import Record, metrics_digest, read_json, result_digest, write_json
 from xutrain.engine.sinks import open_sinks
 from xutrain.errors import Diverged, Stopped, XutrainError
 from xutrain.families import FAMILIES
@@ -90,7 +90,7 @@ def _finish(folder: Path, run: dict[str, Any], recipe: Recipe, ctx: Context, rec
         "bits": bits_summary(ctx.meter.up, ctx.meter.down, recipe.participants, steps),
         "wall_s": round(record.wall_s, 3),
     }
-    record.state("done", exit_code=0, result=result, step=steps, metrics_sha256=metrics_digest(folder))
+    record.state("done", exit_code=0, result=result, step=steps, metrics_sha256=metrics_digest(folder), result_sha256=result_digest(result))
 
 
 def _finite(value: float) -> bool:

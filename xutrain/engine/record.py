@@ -154,6 +154,12 @@ def metrics_digest(folder: Path) -> str:
     return hashlib.sha256(path.read_bytes() if path.exists() else b"").hexdigest()
 
 
+def result_digest(result: dict[str, Any]) -> str:
+    """SHA-256 of a result's numbers, which state.json keeps beside them."""
+    kept = {key: result.get(key) for key in ("metrics", "bits", "seed")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line that a kill tore is left out."""
     path = folder / "metrics.jsonl"
