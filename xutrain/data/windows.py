@@ -47,7 +47,9 @@ def cut(tokens: Tensor, length: int, most: int | None = None, where: str = "text
     """
     n = len(tokens) // length
     if n == 0:
-        raise DataError(Issue(where, f"holds {len(tokens)} tokens, less than one window of {length}", has_value=False, hint="use a shorter length"))
+        raise DataError(
+            Issue(where, f"holds {len(tokens)} tokens, less than one window of {length}", has_value=False, hint="use a shorter length")
+        )
     return tokens[: min(n, most or n) * length].view(-1, length)
 
 
@@ -59,7 +61,9 @@ def draw(tokens: Tensor, samples: int, length: int, key: Key, where: str = "cali
     slots = len(tokens) // length
     if samples > 4 * slots:
         hint = f"at most {4 * slots} windows of {length} tokens make sense; lower calibration.samples or calibration.length"
-        raise DataError(Issue(where, f"the text has {len(tokens)} tokens, too few for {samples} windows of {length}", has_value=False, hint=hint))
+        raise DataError(
+            Issue(where, f"the text has {len(tokens)} tokens, too few for {samples} windows of {length}", has_value=False, hint=hint)
+        )
     generator = key.generator()
     if samples <= slots:
         slack = len(tokens) - slots * length
@@ -129,4 +133,11 @@ def file_samples(path: Path, encode: Any, samples: int, length: int, key: Key) -
         if len(found) == samples:
             return torch.stack(found)
     hint = "use a shorter calibration.length or fewer calibration.samples"
-    raise DataError(Issue(str(path), f"only {len(found)} of {len(texts)} documents are longer than {length} tokens; {samples} needed", has_value=False, hint=hint))
+    raise DataError(
+        Issue(
+            str(path),
+            f"only {len(found)} of {len(texts)} documents are longer than {length} tokens; {samples} needed",
+            has_value=False,
+            hint=hint,
+        )
+    )

@@ -28,7 +28,7 @@ from xutrain.methods.prune.expert import Outcome, Row, decide, prune_expert, sha
 from xutrain.methods.prune.forward import Forward
 from xutrain.methods.prune.journal import Journal, identity
 from xutrain.methods.prune.load_balance import coefficient_of_variation, loads
-from xutrain.methods.prune.masks import Pattern
+from xutrain.methods.prune.masks import Pattern, write_masks
 from xutrain.methods.prune.sums import SumsReader, SumsWriter
 from xutrain.models.moe import Architecture
 from xutrain.models.shards import DTYPES, Source, Target
@@ -79,6 +79,7 @@ def prune_checkpoint(
     workers: Workers | None = None,
     save_sums: str | Path | None = None,
     from_sums: str | Path | None = None,
+    save_masks: str | Path | None = None,
     save_every: int = 1,
     progress: Progress | None = None,
 ) -> Report:
@@ -96,6 +97,7 @@ def prune_checkpoint(
         compute, device: of the calibration pass. Weights are stored in the checkpoint's dtype.
         workers: one logical worker per process; None is a single process.
         save_sums, from_sums: folder to which the calibration sums go, or from which they come (then no calibration is run).
+        save_masks: folder to which the masks go, one file an expert (distillation needs them).
         save_every: layers between saved hidden states, from which an interrupted run continues.
         progress: called after each layer with (layers done, layers); returning True stops with ``Stopped``.
 
@@ -121,6 +123,7 @@ def prune_checkpoint(
     run = _Run(forward, Target(target_folder, source.headers), part, how, journal)
     run.propagate, run.rescale, run.seed = propagate, rescale, seed
     run.save_every, run.progress = save_every, progress
+    run.masks = Path(save_masks) if save_masks else None
     run.writer = SumsWriter(Path(save_sums), arch, part, known) if save_sums else None
     run.reader = SumsReader(Path(from_sums), arch, part) if from_sums else None
     try:
@@ -168,6 +171,7 @@ class _Run:
     rescale: bool
     seed: int
     save_every: int
+    masks: Path | None
     progress: Progress | None
     writer: SumsWriter | None
     reader: SumsReader | None
@@ -260,7 +264,7 @@ class _Run:
             chunk=self.forward.chunk,
             name=self.arch.expert_name(layer, e, "gate").rsplit(".", 2)[0],
         )
-        self.write(layer, e, outcome.matrices)
+        self.write(layer, e, outcome.matrices, outcome.masks)
         if self.writer is not None:
             self.writer.add(e, outcome.sums, outcome.row.tokens)
         return outcome
@@ -275,14 +279,16 @@ class _Run:
                 sums, tokens = self.reader.expert(layer, e)
                 on = {k: v.to(expert.gate) for k, v in sums.items()}
                 cut, fallback = decide(self.method, expert, on, tokens, self.pattern, Key(self.seed, "prune", layer, e))
-                self.write(layer, e, store(cut, expert, self.stored(layer, e)))
+                self.write(layer, e, store(cut, expert, self.stored(layer, e)), cut.masks)
                 rows.append(Row(layer, e, tokens, None, fallback, share_dropped(cut.masks), None))
         return self.everyone(rows)
 
     def stored(self, layer: int, e: int) -> torch.dtype:
         return DTYPES[self.source.entry(self.arch.expert_name(layer, e, "gate")).dtype]
 
-    def write(self, layer: int, e: int, matrices: dict[str, Tensor]) -> None:
+    def write(self, layer: int, e: int, matrices: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+        if self.masks is not None:
+            write_masks(self.masks, layer, e, masks)
         for role, matrix in matrices.items():
             self.target.write(self.arch.expert_name(layer, e, role), matrix)
 

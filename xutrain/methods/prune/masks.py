@@ -6,12 +6,16 @@ Ties go to the lowest column index (a stable ascending sort), as in Wanda's code
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xutrain.errors import RecipeError
+from xutrain.models.shards import Source, write_checkpoint
 
 
 @dataclass(frozen=True)
@@ -98,3 +102,24 @@ def matrix_mask(score: Tensor, pattern: Pattern) -> Tensor:
 def sparsity(mask: Tensor) -> float:
     """Fraction of weights that a mask drops."""
     return 1 - float(mask.sum()) / mask.numel()
+
+
+def _file(folder: Path, layer: int, expert: int) -> Path:
+    return folder / f"layer-{layer:04d}-expert-{expert:04d}"
+
+
+def write_masks(folder: Path, layer: int, expert: int, masks: Mapping[str, Tensor]) -> None:
+    """Keep the masks of one expert, one bit a weight."""
+    packed = {role: torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1)) for role, mask in masks.items()}
+    write_checkpoint(_file(folder, layer, expert), packed, {"layer": layer, "expert": expert})
+
+
+def read_masks(folder: Path, layer: int, expert: int, columns: Mapping[str, int]) -> dict[str, Tensor]:
+    """The masks of one expert; ``columns`` says how many inputs each role has."""
+    source = Source(_file(folder, layer, expert))
+    found = {}
+    for role, count in columns.items():
+        bits = np.unpackbits(source.read(role).numpy(), axis=1, count=count)
+        found[role] = torch.from_numpy(bits).bool()
+    source.close()
+    return found

@@ -1,0 +1,63 @@
+"""NAEE (arXiv:2402.14800): try every subset of experts and keep the one whose layer output is nearest to the dense one.
+
+For each subset of r experts the router sees only those (the others' logits are minus infinity, softmax and top-k redone);
+loss = sum over calibration batches of ||Z - Z_subset||_F, in float64. Exhaustive: 28 subsets for 8 -> 6, 70 for 8 -> 4.
+All experts of one layer are in memory at once. Limit: r = n drops nothing, with loss 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from xutrain.errors import Issue, RecipeError
+from xutrain.methods.prune.base import Routing
+from xutrain.methods.prune.drop import ExpertMethod, LayerView
+from xutrain.models.decoder import route
+from xutrain.registry import method
+
+#: More subsets than this are not tried.
+MOST = 20_000
+
+
+@method("prune", "naee", paper="2402.14800", summary="drop the subset of experts that changes the layer's output least")
+class NAEE(ExpertMethod):
+    class Options(ExpertMethod.Options):
+        batch_tokens: int = Field(4096, ge=1, description="tokens whose Frobenius norm is taken together")
+
+    def choose(self, view: LayerView) -> list[int]:
+        losses = self.losses(view)
+        best = min(losses.items(), key=lambda item: (item[1], item[0]))
+        return list(best[0])
+
+    def losses(self, view: LayerView) -> dict[tuple[int, ...], float]:
+        """The loss of keeping each subset. Raises RecipeError for more subsets than can be tried."""
+        n = view.forward.arch.experts
+        if (count := math.comb(n, self.keep)) > MOST:
+            hint = "use reap, ean or frequency for models with many experts"
+            raise RecipeError(
+                Issue("method.keep", f"{count} subsets of {self.keep} out of {n} experts cannot all be tried", self.keep, hint)
+            )
+        subsets = list(itertools.combinations(range(n), self.keep))
+        experts = [view.forward.read(view.index, e) for e in range(n)]
+        totals = dict.fromkeys(subsets, 0.0)
+        for x in view.x.split(self.options.batch_tokens):  # type: ignore[attr-defined]
+            outputs = torch.stack([e(x) for e in experts], 1)  # (t, n, d)
+            logits = view.layer.block.gate(x)
+            whole = combine(outputs, Routing(*route(view.forward.arch, logits)))
+            for subset in subsets:
+                others = [e for e in range(n) if e not in subset]
+                masked = logits.index_fill(1, torch.tensor(others, dtype=torch.int64, device=logits.device), -torch.inf)
+                kept = combine(outputs, Routing(*route(view.forward.arch, masked)))
+                totals[subset] += float((whole - kept).double().norm())
+        return totals
+
+
+def combine(outputs: Tensor, routing: Routing) -> Tensor:
+    """The layer's output (t, d) from all experts' outputs (t, n, d)."""
+    chosen = outputs.gather(1, routing.index.unsqueeze(2).expand(-1, -1, outputs.shape[2]))
+    return (chosen * routing.weight.to(outputs.dtype).unsqueeze(2)).sum(1)
