@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pipeline.conftest import CONFIGURATIONS, make, same
 
+from tests.pipeline.conftest import CONFIGURATIONS, make, same
 from xutrain.data.base import Batch
-from xutrain.loops.pipeline_job import build
 from xutrain.engine.context import Context
+from xutrain.loops.pipeline_job import build
 
 FROZEN = 1e-30  # a learning rate that changes no float32 weight
 
@@ -41,11 +41,13 @@ def test_without_learning_dsp_is_back_propagation(trained: Any, p: list[int], m:
     bp = trained(make("bp", **words))
     assert same(dsp.grads, bp.grads)
     assert same(dsp.job.state_dict(), bp.job.state_dict())  # running statistics counted once a batch
-    assert [v for n, v in dsp.job.state_dict().items() if "num_batches" in n][0] == 12
+    assert next(v for n, v in dsp.job.state_dict().items() if "num_batches" in n) == 12
 
 
 @pytest.mark.parametrize(
-    "method", ["fr", "ddg", {"name": "ddg", "mix": True}, "pipedream", {"name": "fdg", "shrink": 1.0}, "pipemare"], ids=lambda m: m if isinstance(m, str) else m["name"] + "+"
+    "method",
+    ["fr", "ddg", {"name": "ddg", "mix": True}, "pipedream", {"name": "fdg", "shrink": 1.0}, "pipemare"],
+    ids=lambda m: m if isinstance(m, str) else m["name"] + "+",
 )
 def test_without_learning_every_stale_method_is_back_propagation(trained: Any, method: Any) -> None:
     words = {"optimizer__lr": FROZEN, "model__norm": "true", "model__dropout": 0.3}
@@ -95,14 +97,19 @@ def test_back_propagation_does_not_see_the_cut(trained: Any) -> None:
 
 @pytest.mark.parametrize("recompute", ["true", "false"])
 def test_micro_batches_average_to_the_gradient(trained: Any, recompute: str) -> None:
-    gpipe, bp = trained(make({"name": "gpipe", "micro_batches": 5}, method__recompute=recompute, train__steps=2)), trained(make("bp", train__steps=2))
+    gpipe, bp = (
+        trained(make({"name": "gpipe", "micro_batches": 5}, method__recompute=recompute, train__steps=2)),
+        trained(make("bp", train__steps=2)),
+    )
     for name, grad in bp.grads[0, 0].items():
         assert torch.allclose(gpipe.grads[0, 0][name], grad, atol=1e-6)
 
 
 def _gap(trained: Any, p: list[int], m: list[int], lr: float) -> float:
     """Mean over batches of |G - G_true| / |G_true| of stage 0, G_true at the weights that each block had going backward."""
-    chosen = make({"name": "dsp", "p": p, "m": m}, stages=len(p), model__double="true", optimizer__lr=lr, optimizer__momentum=0.0, train__steps=30)
+    chosen = make(
+        {"name": "dsp", "p": p, "m": m}, stages=len(p), model__double="true", optimizer__lr=lr, optimizer__momentum=0.0, train__steps=30
+    )
     pipeline = trained(chosen)
     job = pipeline.job
     gaps = []
@@ -115,7 +122,9 @@ def _gap(trained: Any, p: list[int], m: list[int], lr: float) -> float:
         loss = torch.nn.functional.cross_entropy(x, batch.targets)
         true = torch.autograd.grad(loss, list(job.stages[0].parameters.values()))
         found = list(pipeline.grads[0, b].values())
-        gaps.append(float(sum((f - t).square().sum() for f, t in zip(found, true, strict=True)) / sum(t.square().sum() for t in true)) ** 0.5)
+        gaps.append(
+            float(sum((f - t).square().sum() for f, t in zip(found, true, strict=True)) / sum(t.square().sum() for t in true)) ** 0.5
+        )
     return sum(gaps) / len(gaps)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.conftest import run_forked
 from tests.pipeline.conftest import CONFIGURATIONS, Watched, make, same, watch
-
 from xutrain.engine.context import Context
 from xutrain.engine.pulse import Pulse
 from xutrain.engine.record import Record

@@ -18,7 +18,14 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
         return list(module.layers())
     if isinstance(module, nn.Sequential):
         return list(module)
-    raise RecipeError(Issue("model.name", "cannot be cut into stages: it does not list its layers", type(module).__name__, "use a model with layers(), such as mlp, cnn, resnet_cifar"))
+    raise RecipeError(
+        Issue(
+            "model.name",
+            "cannot be cut into stages: it does not list its layers",
+            type(module).__name__,
+            "use a model with layers(), such as mlp, cnn, resnet_cifar",
+        )
+    )
 
 
 def cut(module: nn.Module, stages: int, split: Split, costs: Sequence[float] | None = None) -> list[int]:
@@ -33,7 +40,9 @@ def cut(module: nn.Module, stages: int, split: Split, costs: Sequence[float] | N
     layers = layers_of(module)
     total = len(layers)
     if stages > total:
-        raise RecipeError(Issue("stages", f"the network has only {total} layers to cut", stages, f"at most stages={total}, or a deeper model"))
+        raise RecipeError(
+            Issue("stages", f"the network has only {total} layers to cut", stages, f"at most stages={total}, or a deeper model")
+        )
     if split.cuts is not None:
         bounds = [0, *split.cuts, total]
         if bounds[-2] >= total:
@@ -53,7 +62,7 @@ def _even(total: int, stages: int) -> list[int]:
     """Pieces of ceil(L/K) layers, the last one shorter (the family's code); of equal size up to 1 where that leaves one empty."""
     size = -(-total // stages)
     if size * (stages - 1) < total:
-        return [*range(0, size * stages, size)][:stages] + [total]
+        return [*range(0, size * stages, size), total]
     return [round(i * total / stages) for i in range(stages + 1)]
 
 
@@ -88,7 +97,14 @@ def _refuse_ties(module: nn.Module, layers: Sequence[nn.Module], bounds: Sequenc
                 if owner.setdefault(id(parameter), k) != k:
                     name = names.get(id(parameter), "a parameter")
                     what = f"stages {owner[id(parameter)]} and {k} share {name}: one stage must own every weight"
-                    raise RecipeError(Issue("model", what, has_value=False, hint="untie the weights, or cut so that both uses fall into one stage (split.cuts)"))
+                    raise RecipeError(
+                        Issue(
+                            "model",
+                            what,
+                            has_value=False,
+                            hint="untie the weights, or cut so that both uses fall into one stage (split.cuts)",
+                        )
+                    )
 
 
 def block_of(layers: Sequence[nn.Module], start: int, stop: int) -> nn.Sequential:

@@ -69,7 +69,11 @@ class Queue:
         """Refuse what the other side did not prepare for: gloo would abort the process, or fill a part."""
         if Message.of(tensor) != self.message:
             what = f"{self.name} changed from {self.message.shape} {self.message.dtype} to {tuple(tensor.shape)} {tensor.dtype}"
-            raise RecipeError(Issue("model", f"{what}; every batch must cross a stage boundary in one shape", has_value=False, hint="use inputs of one size"))
+            raise RecipeError(
+                Issue(
+                    "model", f"{what}; every batch must cross a stage boundary in one shape", has_value=False, hint="use inputs of one size"
+                )
+            )
 
     def take(self) -> Tensor:
         return self.waiting.popleft()
@@ -176,7 +180,10 @@ class Pipes:
             if ctx.device.type == "cuda" and "nccl" in str(dist.get_backend(dist.group.WORLD)):
                 self.wire = ctx.device
             for i in range(3):  # activations, gradients, evaluation: made by all in one order
-                self._groups[i] = dist.new_group(timeout=datetime.timedelta(seconds=float(os.environ.get("XUTRAIN_TIMEOUT_S", "600"))), backend="nccl" if self.wire.type == "cuda" else "gloo")
+                self._groups[i] = dist.new_group(
+                    timeout=datetime.timedelta(seconds=float(os.environ.get("XUTRAIN_TIMEOUT_S", "600"))),
+                    backend="nccl" if self.wire.type == "cuda" else "gloo",
+                )
                 dist.barrier(group=self._groups[i])
         for k, message in enumerate(messages):
             up, down = f"the activation from stage {k} to stage {k + 1}", f"the error gradient from stage {k + 1} to stage {k}"

@@ -58,11 +58,20 @@ class Pulse:
         self.close()
         if not isinstance(value, Exception) or isinstance(value, XutrainError):
             return
-        if isinstance(value, PeerLost) or (self.processes > 1 and isinstance(value, RuntimeError) and any(word in str(value) for word in _LOST)):
+        if isinstance(value, PeerLost) or (
+            self.processes > 1 and isinstance(value, RuntimeError) and any(word in str(value) for word in _LOST)
+        ):
             raise self.lost(value) from value
         path = self.logs / f"trace-{self.rank}.txt"
         path.write_text("".join(traceback.format_exception(kind, value, trace)), encoding="utf-8")
-        raise Failed(Issue(self.place(self.rank, self.iteration), f"{type(value).__name__}: {value}", has_value=False, hint=f"the stack trace is in {path}")) from value
+        raise Failed(
+            Issue(
+                self.place(self.rank, self.iteration),
+                f"{type(value).__name__}: {value}",
+                has_value=False,
+                hint=f"the stack trace is in {path}",
+            )
+        ) from value
 
     def place(self, rank: int, iteration: int) -> str:
         """How messages name a process and its iteration."""
@@ -78,7 +87,9 @@ class Pulse:
             return Failed(Issue(self.place(self.rank, self.iteration), f"{what}: {reason}", has_value=False))
         rank, iteration, text = cause
         message = f"{text}; stage {self.rank * self.each} (rank {self.rank}) {what} in iteration {self.iteration}"
-        return Failed(Issue(self.place(rank, iteration), message, has_value=False, hint="the same command goes on from the last checkpoint"))
+        return Failed(
+            Issue(self.place(rank, iteration), message, has_value=False, hint="the same command goes on from the last checkpoint")
+        )
 
     def _cause(self) -> tuple[int, int, str] | None:
         """(rank, iteration, text) of the first process that stopped; waits a moment for it to write its reason."""
@@ -118,4 +129,3 @@ class Pulse:
             except OSError:
                 continue
         return False
-

@@ -62,7 +62,13 @@ class Job:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole network's tensors, gathered from all stages, on every process."""
-        flat = [torch.cat([t.detach().contiguous().reshape(-1).view(torch.uint8) for t in s.block.state_dict().values()] or [torch.empty(0, dtype=torch.uint8)]) for s in self.stages]
+        flat = [
+            torch.cat(
+                [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in s.block.state_dict().values()]
+                or [torch.empty(0, dtype=torch.uint8)]
+            )
+            for s in self.stages
+        ]
         found: dict[str, Tensor] = {}
         for names, data in zip(self.names, self.workers.gather([f.to(self.ctx.device) for f in flat]), strict=True):
             at = 0
@@ -116,7 +122,9 @@ def optimizer_of(options: Any, block: nn.Module) -> torch.optim.Optimizer | None
     if options.name == "adam":
         betas = (options.momentum, options.beta2)
         return torch.optim.Adam(parameters, lr=options.lr, betas=betas, eps=options.eps, weight_decay=options.weight_decay, foreach=False)
-    return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, weight_decay=options.weight_decay, foreach=False)
+    return torch.optim.SGD(
+        parameters, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, weight_decay=options.weight_decay, foreach=False
+    )
 
 
 def _sample(task: Task, recipe: Any, steps: int) -> Batch:
@@ -126,7 +134,14 @@ def _sample(task: Task, recipe: Any, steps: int) -> Batch:
         other = task.draw(step, 0, 1, recipe.train.batch_size, recipe.seed)
         if other.inputs.shape != first.inputs.shape or other.inputs.dtype != first.inputs.dtype:
             what = f"batch 0 has inputs of shape {tuple(first.inputs.shape)}, batch {step} of {tuple(other.inputs.shape)}"
-            raise DataError(Issue("data", f"{what}; the boundaries of a pipeline carry one shape", has_value=False, hint="resize or pad the inputs to one size"))
+            raise DataError(
+                Issue(
+                    "data",
+                    f"{what}; the boundaries of a pipeline carry one shape",
+                    has_value=False,
+                    hint="resize or pad the inputs to one size",
+                )
+            )
     return first
 
 
@@ -201,7 +216,9 @@ def _wait(handles: list[tuple[Tensor, Any]]) -> None:
 
 def stage_state(stage: Stage, method: PipelineMethod, up: list[Tensor], down: list[Tensor]) -> dict[str, Any]:
     """All of a stage that a resumed run needs, and the messages in flight towards it."""
-    kept = [{"batch": k.batch, "version": k.version, "inputs": k.inputs, **({"weights": k.weights} if k.weights else {})} for k in stage.kept]
+    kept = [
+        {"batch": k.batch, "version": k.version, "inputs": k.inputs, **({"weights": k.weights} if k.weights else {})} for k in stage.kept
+    ]
     optimizer = stage.optimizer.state_dict() if stage.optimizer is not None else {}
     return {
         "block": dict(stage.block.state_dict()),

@@ -31,7 +31,9 @@ class Ledger:
         """
         for line in stage.applied:
             preset = self.delays.answers[line.stage]
-            assert line.forward_version == max(start, line.batch - preset), f"stage {line.stage} forwarded batch {line.batch} at version {line.forward_version}"
+            assert line.forward_version == max(start, line.batch - preset), (
+                f"stage {line.stage} forwarded batch {line.batch} at version {line.forward_version}"
+            )
             assert line.applied_to == line.batch, f"stage {line.stage} applied batch {line.batch} at version {line.applied_to}"
             counts = self.counts.setdefault(line.stage, Counter())
             counts[line.applied_to - line.forward_version] += 1
@@ -41,7 +43,10 @@ class Ledger:
 
     def write(self, job: Job, record: Record, batches: int, seconds: float) -> None:
         """Gather all stages' counts and write the table, the picture and pipeline.json into the run's artefacts."""
-        mine = [(dict(self.counts.get(s.index, {})), [_row(line) for line in self.lines if line.stage == s.index], s.most_kept) for s in job.stages]
+        mine = [
+            (dict(self.counts.get(s.index, {})), [_row(line) for line in self.lines if line.stage == s.index], s.most_kept)
+            for s in job.stages
+        ]
         everyone = job.workers.objects(mine)
         if not job.ctx.is_main:
             return
@@ -102,10 +107,16 @@ def draw(delays: Delays, batches: int, path: Path) -> None:
                 if batch is not None:
                     colour = f"C{batch % 10}"
                     axes.add_patch(Rectangle((n, y + (0.45 if half == 0 else 0.05)), 0.95, 0.38, color=colour, alpha=1.0 if half else 0.55))
-                    axes.text(n + 0.47, y + (0.64 if half == 0 else 0.24), f"{'BF'[half == 0]}{batch}", ha="center", va="center", fontsize=6)
+                    axes.text(
+                        n + 0.47, y + (0.64 if half == 0 else 0.24), f"{'BF'[half == 0]}{batch}", ha="center", va="center", fontsize=6
+                    )
     axes.set_xlim(0, ticks)
     axes.set_ylim(0, delays.stages)
-    axes.set_yticks([delays.stages - 1 - k + 0.45 for k in range(delays.stages)], [f"stage {k}\nstale {delays.answers[k]}" for k in range(delays.stages)], fontsize=7)
+    axes.set_yticks(
+        [delays.stages - 1 - k + 0.45 for k in range(delays.stages)],
+        [f"stage {k}\nstale {delays.answers[k]}" for k in range(delays.stages)],
+        fontsize=7,
+    )
     axes.set_xlabel("tick")
     axes.set_title(f"DSP{delays}: F forward, B backward, one colour per batch", fontsize=8)
     figure.savefig(path, bbox_inches="tight")

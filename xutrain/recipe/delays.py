@@ -39,7 +39,7 @@ class Delays:
     @property
     def q(self) -> tuple[int, ...]:
         """Ticks from stage k+1's backward of a batch to stage k's: q_k = m_k - m_{k+1} - p_k."""
-        return tuple(self.m[k] - self.answers[k + 1] - self.p[k] for k in range(self.stages - 1)) + (0,)
+        return (*(self.m[k] - self.answers[k + 1] - self.p[k] for k in range(self.stages - 1)), 0)
 
     @property
     def lags(self) -> tuple[int, ...]:
@@ -78,7 +78,9 @@ def check(p: Sequence[int], m: Sequence[int], stages: int, where: str = "method"
         for k in range(stages - 2, -1, -1):
             smallest = m[k + 1] + p[k] + 1
             if p[k] < 1:
-                problems.append(Issue(f"{where}.p", f"stage {k} must delay its activations by at least 1 tick", list(p), f"smallest valid p_{k} is 1"))
+                problems.append(
+                    Issue(f"{where}.p", f"stage {k} must delay its activations by at least 1 tick", list(p), f"smallest valid p_{k} is 1")
+                )
             elif m[k] < smallest:
                 reason = f"stage {k} needs m_{k} >= m_{k + 1} + p_{k} + 1, or its error gradient would have to arrive before it is made"
                 problems.append(Issue(f"{where}.m", reason, list(m), f"smallest valid m_{k} is {smallest}"))
@@ -94,7 +96,9 @@ def dsp(p: Sequence[int] | None, q: Sequence[int] | None, m: Sequence[int] | Non
     """
     up = _padded(p, stages) if p is not None else [1] * (stages - 1) + [0]
     if m is not None and q is not None:
-        raise RecipeError(Issue(where, "says both q and m, which follow from each other", {"q": list(q), "m": list(m)}, "leave one of them out"))
+        raise RecipeError(
+            Issue(where, "says both q and m, which follow from each other", {"q": list(q), "m": list(m)}, "leave one of them out")
+        )
     if m is not None:
         return check(up, m, stages, where)
     down = _padded(q, stages) if q is not None else [1] * (stages - 1) + [0]

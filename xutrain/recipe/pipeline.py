@@ -15,7 +15,7 @@ class Split(Options):
 
     by: Literal["layers", "parameters", "time"] = Field(
         "layers",
-        description="layers: ceil(L/K) layers a stage; parameters: the largest stage as small as can be; time: the same for measured forward+backward time",
+        description="layers: ceil(L/K) layers a stage; parameters: the largest stage as small as can be; time: the same by measured time",
     )
     cuts: list[Annotated[int, Field(ge=1)]] | None = Field(None, description="first layer of the stages 1..K-1; wins over by")
 
@@ -32,14 +32,23 @@ class Runtime(Options):
     """How the stages run; changes speed, and with ``drain`` where the queues are emptied."""
 
     drain: Literal["checkpoint", "epoch", "end"] = Field(
-        "checkpoint", description="when the queues are run empty besides at the end: at checkpoint.every, at every epoch, or never (checkpoints then hold the queues)"
+        "checkpoint",
+        description="when the queues run empty: at checkpoint.every, every epoch, or the end alone (checkpoints then hold them)",
     )
     take: Literal["late", "together"] = Field(
-        "late", description="late: send and forward before the error gradient is awaited; together: await both first and send both last, as the time law assumes"
+        "late",
+        description="late: forward and send before the error gradient is awaited; together: await both first, as the time law has it",
     )
     poll: int = Field(50, ge=1, description="ticks between agreements on a request to stop, where there are several processes")
-    planned_s: float | None = Field(None, gt=0, description="seconds per batch that `xutrain pipeline plan` predicted, shown beside the measured ones")
-    unit_ms: float = Field(0.0, ge=0, le=60000, description="pad the stages by sleep to this many milliseconds per unit of work (forward 1, recomputation 1, backward 2)")
+    planned_s: float | None = Field(
+        None, gt=0, description="seconds per batch that `xutrain pipeline plan` predicted, shown beside the measured ones"
+    )
+    unit_ms: float = Field(
+        0.0,
+        ge=0,
+        le=60000,
+        description="pad the stages by sleep to this many milliseconds per unit of work (forward 1, recomputation 1, backward 2)",
+    )
 
 
 class StageOptimizer(Optimizer):
@@ -83,9 +92,23 @@ class PipelineRecipe(Recipe):
         found += more(self.stages, self.train.batch_size) if more else []
         cuts = self.split.cuts
         if cuts is not None and (len(cuts) != self.stages - 1 or sorted(set(cuts)) != cuts):
-            found.append(Issue("split.cuts", f"must be {self.stages - 1} rising layer numbers for stages={self.stages}", cuts, "leave it out to cut by split.by"))
+            found.append(
+                Issue(
+                    "split.cuts",
+                    f"must be {self.stages - 1} rising layer numbers for stages={self.stages}",
+                    cuts,
+                    "leave it out to cut by split.by",
+                )
+            )
         if self.train.buffers != "mean":
-            found.append(Issue("train.buffers", "has no meaning in a pipeline: every stage owns its batch-norm statistics", self.train.buffers, "leave it out"))
+            found.append(
+                Issue(
+                    "train.buffers",
+                    "has no meaning in a pipeline: every stage owns its batch-norm statistics",
+                    self.train.buffers,
+                    "leave it out",
+                )
+            )
         if self.train.precision != "fp32":
             found.append(Issue("train.precision", "a pipeline runs in fp32", self.train.precision, "leave it out"))
         return found

@@ -57,6 +57,7 @@ class DNI(PipelineMethod):
 
     def backward(self, stage: Stage, f: int | None, b: int | None, g: Tensor | None) -> Tensor | None:
         if b is not None and not stage.last:
+            assert g is not None
             kept = stage.release(b)
             stage.memory["optimizer"].zero_grad()
             nn.functional.mse_loss(stage.memory["model"](kept.inputs), g).backward()

@@ -55,7 +55,9 @@ class DSP(Replay):
         p: list[int] | None = Field(None, description="forward delays in ticks, one per stage, the last 0; default all 1")
         m: list[int] | None = Field(None, description="staleness of each stage, the last 0; default the smallest valid")
         q: list[int] | None = Field(None, description="instead of m: backward delays in ticks, one per boundary")
-        lr_stale: str = Field("none", pattern="^(none|inverse)$", description="inverse: stage k's learning rate is divided by 1 + m_k (not in the paper)")
+        lr_stale: str = Field(
+            "none", pattern="^(none|inverse)$", description="inverse: stage k's learning rate is divided by 1 + m_k (not in the paper)"
+        )
 
         def delays(self, stages: int) -> Delays:
             return dsp(self.p, self.q, self.m, stages)

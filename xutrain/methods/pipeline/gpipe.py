@@ -40,7 +40,9 @@ class GPipe(PipelineMethod):
         name: str = "gpipe"
 
 
-@method("pipeline", "1f1b", paper="1806.03377", summary="1F1B with a flush: as GPipe, fewer activations alive", aliases=("pipedream_flush",))
+@method(
+    "pipeline", "1f1b", paper="1806.03377", summary="1F1B with a flush: as GPipe, fewer activations alive", aliases=("pipedream_flush",)
+)
 class OneForwardOneBackward(PipelineMethod):
     flush = "1f1b"
 

@@ -23,7 +23,13 @@ def law(delays: Delays, d: Sequence[float], c: float = 0.0) -> float:
     return max([*d, *pairs])
 
 
-def simulate(delays: Delays, d: Sequence[float], c: float = 0.0, iterations: int = 1000, factor: Callable[[int, int], float] | np.ndarray | None = None) -> float:
+def simulate(
+    delays: Delays,
+    d: Sequence[float],
+    c: float = 0.0,
+    iterations: int = 1000,
+    factor: Callable[[int, int], float] | np.ndarray | None = None,
+) -> float:
     """Mean seconds per iteration of the last stage over the second half of ``iterations``, by the recurrence.
 
     Args:
@@ -44,7 +50,9 @@ def simulate(delays: Delays, d: Sequence[float], c: float = 0.0, iterations: int
     return float(done[-1, iterations] - done[-1, half]) / (iterations - half)
 
 
-def dataflow(delays: Delays, forward: Sequence[float], backward: Sequence[float], c: float = 0.0, *, late: bool = True, iterations: int = 200) -> float:
+def dataflow(
+    delays: Delays, forward: Sequence[float], backward: Sequence[float], c: float = 0.0, *, late: bool = True, iterations: int = 200
+) -> float:
     """As ``simulate`` with two parts an iteration: the forward's message leaves before the backward part begins.
 
     ``late``: the error gradient is awaited between the parts. Delays of 0 are allowed (back-propagation, FR, 1F1B).
@@ -83,9 +91,14 @@ def straggler_factors(stages: int, iterations: int, probability: float, slowdown
     return 1.0 + slowdown * draw
 
 
-def slowdown_percent(delays: Delays, probability: float, slowdown: float, *, iterations: int = 4000, seeds: Sequence[int] = (0, 1, 2)) -> float:
+def slowdown_percent(
+    delays: Delays, probability: float, slowdown: float, *, iterations: int = 4000, seeds: Sequence[int] = (0, 1, 2)
+) -> float:
     """How much longer a batch takes with stragglers than without, in percent: equal stages, no transfers, mean over seeds."""
-    times = [simulate(delays, [1.0] * delays.stages, 0.0, iterations, straggler_factors(delays.stages, iterations, probability, slowdown, s)) for s in seeds]
+    times = [
+        simulate(delays, [1.0] * delays.stages, 0.0, iterations, straggler_factors(delays.stages, iterations, probability, slowdown, s))
+        for s in seeds
+    ]
     return 100 * (float(np.mean(times)) - 1)
 
 

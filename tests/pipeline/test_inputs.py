@@ -1,0 +1,123 @@
+"""What cannot be run is refused before training, with the reason and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.pipeline.conftest import make, watch
+from xutrain.data.base import Batch
+from xutrain.engine.context import Context
+from xutrain.engine.partition import balanced, cut, layers_of
+from xutrain.engine.pipes import Message, Queue
+from xutrain.errors import Diverged, RecipeError, XutrainError
+from xutrain.loops import pipeline_job, pipelined
+from xutrain.methods.pipeline.base import Stage
+from xutrain.recipe.delays import Delays, dsp
+from xutrain.recipe.pipeline import Split
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "text"),
+    [
+        ({"name": "dsp", "p": [1, 1, 0], "m": [3, 2, 0]}, {}, "smallest valid m_0 is 4"),
+        ({"name": "dsp", "p": [0, 1, 0], "m": [4, 2, 0]}, {}, "smallest valid p_0 is 1"),
+        ({"name": "dsp", "p": [1, 1, 0], "m": [4, 2, 1]}, {}, "the last stage has no delay"),
+        ({"name": "dsp", "p": [1, 0], "m": [2, 0]}, {}, "for 3 stages"),
+        ({"name": "dsp", "q": [1, 1], "m": [4, 2, 0]}, {}, "says both q and m"),
+        ({"name": "gpipe", "micro_batches": 3}, {}, "method.micro_batches=4"),
+        ({"name": "1f1b", "micro_batches": 2}, {}, "at least as many micro-batches as stages=3"),
+        ("dsp", {"split__cuts": "[3,2]"}, "must be 2 rising layer numbers"),
+        ("dsp", {"train__precision": "bf16"}, "runs in fp32"),
+        ("dsp", {"train__buffers": "first"}, "owns its batch-norm statistics"),
+        ("dps", {}, "did you mean dsp"),
+    ],
+)
+def test_recipes_that_cannot_be(method: Any, words: dict[str, Any], text: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make(method, **words)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ({"stages": 9}, "the network has only 6 layers"),
+        ({"model__tied": "true", "stages": 6}, "share 4.0.weight"),
+        ({"split__cuts": "[2,6]"}, "layers 0 to 5"),
+        ({"train__batch_size": 500}, "larger than the 200 training samples"),
+    ],
+)
+def test_networks_that_cannot_be_cut(tmp_path: Path, words: dict[str, Any], text: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        watch(make("dsp", **words), tmp_path)
+    assert text in str(caught.value)
+    assert not list(tmp_path.glob("*/metrics.jsonl"))
+
+
+def test_tied_weights_inside_one_stage_are_fine(tmp_path: Path) -> None:
+    watch(make("dsp", model__tied="true", split__cuts="[1,2]", train__steps=2), tmp_path)
+
+
+def test_inputs_that_change_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xutrain.data.images import ImageTask
+
+    draw = ImageTask.draw
+
+    def ragged(self: Any, step: int, *args: Any) -> Batch:
+        batch = draw(self, step, *args)
+        return Batch(batch.inputs[..., : 8 - step % 2], batch.targets)
+
+    monkeypatch.setattr(ImageTask, "draw", ragged)
+    with pytest.raises(XutrainError, match="one shape"):
+        watch(make("dsp"), tmp_path)
+
+
+def test_boundary_that_changes_shape() -> None:
+    queue = Queue("the activation from stage 0 to stage 1", Message((2, 3), "float32"))
+    queue.put(torch.zeros(2, 3))
+    for other in (torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.float64)):
+        with pytest.raises(RecipeError, match="every batch must cross a stage boundary in one shape"):
+            queue.put(other)
+
+
+def test_divergence_names_the_batch(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="the loss of batch"):
+        watch(make("dsp", optimizer__lr=1e6, train__steps=200, optimizer__weight_decay=100), tmp_path)
+
+
+def test_cuts(tmp_path: Path) -> None:
+    ctx = Context(0)
+    job = pipeline_job.build(make("bp", model__depth=5, stages=1), ctx)
+    network = job.stages[0].block
+    assert len(layers_of(network)) == 7
+    assert cut(network, 3, Split(by="layers")) == [0, 3, 6, 7]
+    assert cut(network, 5, Split(by="layers")) == [0, 1, 3, 4, 6, 7]
+    parameters = cut(network, 2, Split(by="parameters"))
+    assert parameters == [0, 2, 7]  # 1040 | 4 * 272 + 170
+    assert cut(network, 2, Split(cuts=[5])) == [0, 5, 7]
+    assert balanced([1, 1, 1, 9], 2) == [0, 3, 4]
+    assert balanced([5], 1) == [0, 1]
+    timed = watch(make("dsp", split__by="time", train__steps=2), tmp_path)
+    assert len(timed.job.bounds) == 4
+
+
+def test_drawing_and_table(tmp_path: Path) -> None:
+    from xutrain.loops.pipeline_ledger import table
+
+    rows = table(Delays((1, 1, 0), (4, 2, 0)), 3)
+    assert len(rows[0]) == 3 + 4
+    assert rows[0] == [(0, None), (1, None), (2, None), (None, None), (None, 0), (None, 1), (None, 2)]
+    assert rows[2][2:5] == [(0, 0), (1, 1), (2, 2)]
+    assert dsp([1, 1], [1, 1], None, 3) == dsp(None, None, [4, 2, 0], 3) == Delays((1, 1, 0), (4, 2, 0))
+
+
+def test_last_stage_alone_reads_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"batch_loss"} <= {line["name"] for line in watch(make("dsp"), tmp_path).record.read()}
+    assert Stage.last.fget is not None
+    assert pipelined.segments_of(make("dsp", checkpoint__every=5), 12, 10) == [(0, 5), (5, 10), (10, 12)]
+    assert pipelined.segments_of(make("dsp", checkpoint__every=5, runtime__drain="end"), 12, 10) == [(0, 12)]
+    assert pipelined.segments_of(make("dsp", runtime__drain="epoch"), 12, 10) == [(0, 10), (10, 12)]

@@ -1,0 +1,182 @@
+"""`xutrain pipeline plan`: measure layers and transfers, predict seconds per batch, search cut points and (p, q)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from xutrain import registry
+from xutrain.engine.context import Context
+from xutrain.engine.partition import balanced, cut, layer_seconds, layers_of
+from xutrain.engine.transfer import one_way_seconds
+from xutrain.loops.pipeline_job import Job, build
+from xutrain.methods.pipeline.timing import dataflow, law
+from xutrain.recipe.delays import Delays, dsp
+
+_CUTS = 20_000  # partitions that are tried one by one
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One configuration and what it should cost.
+
+    Attributes:
+        bounds: first layer of every stage, and the number of layers.
+        forward, backward: seconds of one iteration's two parts, by stage (recomputation and update count as backward).
+        transfer: seconds of one message at the widest boundary.
+        stored: bytes of inputs that each stage keeps.
+        seconds: predicted seconds per batch on ``processes`` processes and ``cores`` cores.
+    """
+
+    delays: Delays
+    bounds: list[int]
+    forward: list[float]
+    backward: list[float]
+    transfer: float
+    stored: list[int]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "delays": {"p": list(self.delays.p), "m": list(self.delays.m)},
+            "cuts": self.bounds[1:-1],
+            "stage_ms": [1000 * (f + b) for f, b in zip(self.forward, self.backward, strict=True)],
+            "transfer_ms": 1000 * self.transfer,
+            "stored_bytes": self.stored,
+            "seconds_per_batch": self.seconds,
+        }
+
+
+def predict(
+    delays: Delays, forward: list[float], backward: list[float], c: float, *, processes: int, cores: int, late: bool = True
+) -> float:
+    """Seconds per batch: the time model where every stage has a core; never less than the work divided by the cores."""
+    work = sum(forward) + sum(backward)
+    if processes == 1:
+        return work
+    each = delays.stages // processes
+    if each == 1:
+        flow = dataflow(delays, forward, backward, c, late=late)
+    else:  # several stages a process: the busiest process sets the pace
+        flow = max(sum(forward[i : i + each]) + sum(backward[i : i + each]) for i in range(0, delays.stages, each))
+    return max(flow, work / min(cores, processes))
+
+
+def search_delays(d: list[float], c: float, inputs: list[int], memory: int | None, longest: int) -> Delays:
+    """The smallest p_k + q_k that make the law's seconds least, within a memory and a staleness bound.
+
+    Adding a tick to the boundary that sets the pace never hurts the others, so one at a time is optimal.
+
+    Args:
+        d: seconds of an iteration by stage.
+        c: seconds of a transfer.
+        inputs: bytes of one batch's input of each stage; a stage stores (m_k + 1) of them.
+        memory: bytes that any stage may store, or None.
+        longest: largest m_0.
+    """
+    stages = len(d)
+    ticks = [2] * (stages - 1)
+    best = _delays(ticks, stages)
+    while stages > 1:
+        pace = [(d[k] + d[k + 1] + 2 * c) / ticks[k] for k in range(stages - 1)]
+        worst = max(range(stages - 1), key=pace.__getitem__)
+        if pace[worst] <= max(d) * (1 + 1e-9):
+            break
+        ticks[worst] += 1
+        wider = _delays(ticks, stages)
+        if wider.m[0] > longest or (memory is not None and max(stored(wider, inputs)) > memory):
+            break
+        best = wider
+    return best
+
+
+def _delays(ticks: list[int], stages: int) -> Delays:
+    return dsp([math.ceil(t / 2) for t in ticks], [t // 2 for t in ticks], None, stages)
+
+
+def stored(delays: Delays, inputs: list[int]) -> list[int]:
+    """Bytes of inputs that each stage keeps: (m_k + 1) a_k."""
+    return [(m + 1) * a for m, a in zip(delays.answers, inputs, strict=True)]
+
+
+def search_cuts(forward: list[float], backward: list[float], stages: int) -> list[int]:
+    """Cut points with the least slowest stage by measured layer times (DSP's iteration: forward, recomputation, backward)."""
+    costs = [2 * f + b for f, b in zip(forward, backward, strict=True)]
+    total = len(costs)
+    if math.comb(total - 1, stages - 1) > _CUTS:
+        return balanced(costs, stages)
+    choices = ([0, *inner, total] for inner in itertools.combinations(range(1, total), stages - 1))
+
+    def spread(bounds: list[int]) -> tuple[float, float]:
+        sums = [sum(costs[a:b]) for a, b in itertools.pairwise(bounds)]
+        return max(sums), max(sums) - min(sums)
+
+    return min(choices, key=spread)
+
+
+def stage_seconds(job: Job, repeats: int = 7) -> tuple[list[float], list[float]]:
+    """Measured seconds of each stage's (forward, recomputation + backward + update), best of ``repeats``; needs all stages here."""
+    x = job.batch(0).inputs
+    job.drawn.clear()
+    ups, downs = [], []
+    for stage in job.stages:
+        stage.updates = 0
+        up, down = [], []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            h = job.method.forward(stage, 0, x)
+            middle = time.perf_counter()
+            g = None if h is None else torch.ones_like(h) / h.numel()
+            job.method.backward(stage, 0, 0, g)
+            if stage.optimizer is not None:
+                stage.optimizer.step()
+            up.append(middle - began)
+            down.append(time.perf_counter() - middle)
+        stage.applied, stage.losses = [], []
+        ups.append(min(up))
+        downs.append(min(down))
+        x = h if h is not None else x
+    return ups, downs
+
+
+def plan(recipe: Any, *, processes: int, cores: int, memory: int | None = None, longest: int = 12) -> dict[str, Prediction]:
+    """The recipe's own prediction ("recipe") and the best found ("plan")."""
+    ctx = Context(recipe.seed)
+    task = registry.load("dataset", recipe.data.name).build(recipe.data, recipe.seed)
+    ctx.seed_torch("init")
+    module: nn.Module = registry.load("model", recipe.model.name).build(recipe.model, task)
+    layers = layers_of(module)
+    sample = task.draw(0, 0, 1, recipe.train.batch_size, recipe.seed)
+    times = layer_seconds(layers, sample.inputs)
+    cuts = search_cuts([f for f, _ in times], [b for _, b in times], recipe.stages)
+    cut(module, recipe.stages, recipe.split.model_copy(update={"cuts": cuts[1:-1]}))  # refuses shared weights
+    found = {"recipe": _predict(recipe, None, processes, cores, None, None)}
+    found["plan"] = _predict(recipe, cuts, processes, cores, memory, longest)
+    return found
+
+
+def _predict(recipe: Any, bounds: list[int] | None, processes: int, cores: int, memory: int | None, longest: int | None) -> Prediction:
+    job = build(recipe, Context(recipe.seed), bounds)
+    forward, backward = stage_seconds(job)
+    widest = max((m.bits for m in job.messages), default=0)
+    c = one_way_seconds(widest) if processes > 1 and widest else 0.0
+    inputs = [job.batch(0).inputs.nbytes, *(m.bits // 8 for m in job.messages)]
+    job.drawn.clear()
+    d = [f + b for f, b in zip(forward, backward, strict=True)]
+    delays = job.method.delays if longest is None else search_delays(d, c, inputs, memory, longest)
+    seconds = predict(
+        delays, forward, backward, c, processes=processes, cores=cores, late=recipe.runtime.take == "late" and job.method.late
+    )
+    return Prediction(delays, job.bounds, forward, backward, c, stored(delays, inputs), seconds)
+
+
+def steady_law(prediction: Prediction) -> float:
+    """The closed form for the same stages, were messages sent at the end of an iteration."""
+    d = [f + b for f, b in zip(prediction.forward, prediction.backward, strict=True)]
+    return law(prediction.delays, d, prediction.transfer)
