@@ -1,0 +1,207 @@
+"""Runs of the loop: any number of processes, resumed or not, with predicted bits; another number of workers; bad input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xutrain.engine.checkpoint import Checkpoints
+from xutrain.engine.context import Context
+from xutrain.engine.record import Record
+from xutrain.errors import Diverged, RecipeError, Stopped
+from xutrain.loops import data_parallel
+from xutrain.recipe.load import from_dict
+
+BLOCK: dict[str, Any] = {"name": "random_block", "ratio": 16}
+CASES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ({"name": "sgd"}, {"name": "fp"}, {}),
+    ({"name": "sgd"}, {"name": "top_k", "ratio": 10}, {}),
+    ({"name": "ef"}, {"name": "scaled_sign", "scope": "tensor"}, {}),
+    ({"name": "ef", "period": 2}, {"name": "random_k", "ratio": 16}, {}),
+    ({"name": "ef", "two_way": True}, {"name": "top_k", "ratio": 10}, {}),
+    ({"name": "saef", "average_every": 2, "average_momentum": True}, {"name": "top_k", "ratio": 10, "scope": "flat"}, {}),
+    ({"name": "saef", "two_way": True, "init": "zero", "eval_point": "local"}, {"name": "scaled_sign", "scope": "global"}, {}),
+    ({"name": "saef", "coeff": 0.5}, {"name": "orq", "levels": 5}, {"mode": "ps"}),
+    ({"name": "saef"}, {"name": "bingrad_b"}, {}),
+    ({"name": "def"}, BLOCK, {}),
+    ({"name": "def", "coeff": "adaptive"}, {**BLOCK, "balanced": True}, {}),
+    ({"name": "def", "coeff": "adaptive"}, {**BLOCK, "scope": "flat"}, {"mode": "ps"}),
+    ({"name": "def_a", "period": 3}, {**BLOCK, "scope": "grid"}, {}),
+    ({"name": "def"}, {"name": "low_rank", "rank": 2}, {}),
+    ({"name": "pef"}, BLOCK, {"mode": "ps"}),
+    ({"name": "powersgd"}, {"name": "low_rank", "rank": 1}, {}),
+    ({"name": "cser"}, BLOCK, {}),
+    ({"name": "cser", "reset_every": 3, "step_codec": {"name": "random_block", "ratio": 32}}, {"name": "random_block", "ratio": 8}, {}),
+    ({"name": "dist_ef_sgd"}, {"name": "scaled_sign", "scope": "tensor"}, {}),
+    ({"name": "sgd_ia", "ratio": 8}, {"name": "fp"}, {}),
+]
+IDS = ["-".join([str(v) for part in case for v in part.values()]).replace("/", "") for case in CASES]
+
+
+def recipe(method: dict[str, Any], codec: dict[str, Any], exchange: dict[str, Any] | None = None, **other: Any) -> Any:
+    raw: dict[str, Any] = {
+        "data": {"name": "digits", "subset": 200, "test_subset": 40},
+        "model": {"name": "mlp", "hidden": [12]},
+        "workers": 4,
+        "train": {"steps": 6, "batch_size": 4},
+        "optimizer": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4},
+        "schedule": {"name": "step", "milestones": [0.5]},
+        "eval": {"every_epochs": None},
+        "method": dict(method),
+        "codec": dict(codec),
+        "exchange": dict(exchange or {}),
+    }
+    return from_dict("sparsify", {**raw, **other})
+
+
+def train(chosen: Any, folder: str) -> tuple[dict[str, float], int, int, torch.Tensor]:
+    """Metrics, counted bits up and down, and the saved model, on every process."""
+    torch.set_num_threads(1)
+    ctx = Context.open(chosen.seed)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    record = Record(Path(folder), ctx.meter, seed=chosen.seed, is_main=ctx.is_main)
+    metrics = data_parallel.run(chosen, ctx, record)
+    saved = Checkpoints(Path(folder), chosen.checkpoint, ctx).latest()
+    assert saved is not None
+    return metrics, ctx.meter.up, ctx.meter.down, torch.cat([v.reshape(-1).float() for v in saved.model().values()])
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_one_process_equals_many_and_the_forecast(case: Any, forked: Callable[..., list[Any]], tmp_path: Path) -> None:
+    chosen = recipe(*case)
+    metrics, up, down, model = train(chosen, str(tmp_path / "one"))
+    for other in forked(train, 2, chosen, str(tmp_path / "two")):
+        assert other[0] == metrics and other[1:3] == (up, down)
+        assert torch.equal(other[3], model)
+    predicted = data_parallel.forecast(chosen)
+    assert (predicted.up, predicted.down) == (up, down)
+    assert all(math.isfinite(v) for v in metrics.values())
+
+
+def test_four_processes(forked: Callable[..., list[Any]], tmp_path: Path) -> None:
+    chosen = recipe({"name": "def"}, BLOCK)
+    one = train(chosen, str(tmp_path / "one"))
+    for other in forked(train, 4, chosen, str(tmp_path / "four")):
+        assert other[0] == one[0] and torch.equal(other[3], one[3])
+
+
+@pytest.mark.parametrize("codec", [BLOCK, {"name": "low_rank", "rank": 1}], ids=["block", "low_rank"])
+def test_ring(codec: dict[str, Any], forked: Callable[..., list[Any]], tmp_path: Path) -> None:
+    """Plain all-reduce adds in another order; its bits are 2 (K - 1) slices."""
+    exact = train(recipe({"name": "def"}, codec), str(tmp_path / "exact"))
+    ring = recipe({"name": "def"}, codec, {"reduction": "ring"})
+    results = forked(train, 4, ring, str(tmp_path / "ring"))
+    predicted = data_parallel.forecast(ring)
+    for _metrics, up, down, model in results:
+        assert torch.allclose(model, exact[3], atol=1e-5)
+        assert (up, down) == (predicted.up, predicted.down) == (exact[1], exact[2] * 2 // 4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_stopped_and_resumed_is_bit_equal(case: Any, tmp_path: Path) -> None:
+    whole = train(recipe(*case), str(tmp_path / "whole"))
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / "STOP").write_text("3")
+    with pytest.raises(Stopped):
+        train(recipe(*case), str(folder))
+    (folder / "STOP").unlink(missing_ok=True)
+    parts = train(recipe(*case), str(folder))
+    assert parts[0] == whole[0] and parts[1:3] == whole[1:3]
+    assert torch.equal(parts[3], whole[3])
+
+
+def stop_at(step: int, chosen: Any, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "STOP").write_text(str(step))
+    with pytest.raises(Stopped):
+        train(chosen, str(folder))
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[9], CASES[17]], ids=[IDS[3], IDS[5], IDS[9], IDS[17]])
+def test_another_number_of_workers_keeps_the_virtual_point(case: Any, tmp_path: Path) -> None:
+    stop_at(4, recipe(*case), tmp_path / "four")
+    ctx = Context()
+    saved = Checkpoints(tmp_path / "four", recipe(*case).checkpoint, ctx).latest()
+    assert saved is not None
+    before = data_parallel.build(recipe(*case), ctx)
+    before.method.load_state(saved.shared["method"], saved.worker)
+    for workers in (1, 2, 8):
+        other = recipe(*case, workers=workers, train={"steps": 6, "batch_size": 16 // workers}, resume_from=str(tmp_path / "four"))
+        after = data_parallel.build(other, Context())
+        folder = tmp_path / f"adopted{workers}"
+        folder.mkdir()
+        record = Record(folder, after.exchange.meter, seed=0, is_main=True)
+        assert data_parallel._adopt(after, other, Context(), record) == 4
+        for name in ("x", "y"):
+            assert torch.allclose(after.method.deploy()[name], before.method.deploy()[name], atol=1e-7, rtol=0), name
+        metrics, up, down, _ = train(other, str(tmp_path / f"run{workers}"))
+        predicted = data_parallel.forecast(other)
+        assert (up, down) == (predicted.up, predicted.down) and math.isfinite(metrics["test_loss"])
+
+
+@pytest.mark.parametrize(
+    ("method", "codec", "exchange", "where", "says"),
+    [
+        ({"name": "def"}, {**BLOCK, "ratio": 0.5}, {}, "codec.ratio", "1"),
+        ({"name": "def"}, {"name": "top_k", "ratio": 0}, {}, "codec.ratio", "1"),
+        ({"name": "def", "period": 0}, BLOCK, {}, "method.period", "1"),
+        ({"name": "def", "coeff": 1.5}, BLOCK, {}, "method.coeff", "[0, 1]"),
+        ({"name": "def", "coeff": -0.1}, BLOCK, {}, "method.coeff", "[0, 1]"),
+        ({"name": "saef", "coeff": 1.5}, BLOCK, {}, "method.coeff", "1"),
+        ({"name": "def", "coeff": "adaptive"}, {"name": "top_k"}, {}, "method.coeff", "same coordinates"),
+        ({"name": "saef", "two_way": True, "server_residual": False}, {"name": "top_k"}, {}, "method.server_residual", "true"),
+        ({"name": "ef", "two_way": True}, BLOCK, {}, "method.two_way", "false"),
+        ({"name": "ef"}, {"name": "random_k", "ratio": 8, "rescale": True}, {}, "codec", "grow"),
+        ({"name": "ef"}, {"name": "orq"}, {"mode": "alltoall"}, "exchange.mode", "second time"),
+        ({"name": "powersgd"}, BLOCK, {}, "codec.name", "low_rank"),
+    ],
+)  # fmt: skip
+def test_bad_input(method: dict[str, Any], codec: dict[str, Any], exchange: dict[str, Any], where: str, says: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        recipe(method, codec, exchange)
+    found = [issue for issue in error.value.issues if issue.where.startswith(where)]
+    assert found and says in "\n".join(found[0].lines()), error.value
+
+
+def test_ratio_above_every_tensor() -> None:
+    with pytest.raises(RecipeError, match="allowed are 1 to 768"):
+        data_parallel.forecast(recipe({"name": "def"}, {**BLOCK, "ratio": 1000}))
+    data_parallel.forecast(recipe({"name": "def"}, {"name": "random_block", "ratio": 900, "scope": "flat"}))
+
+
+def test_resume_from_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="resume_from"):
+        recipe({"name": "def"}, BLOCK, resume_from=str(tmp_path / "absent"))
+
+
+def test_unproven_codecs_are_named(tmp_path: Path) -> None:
+    chosen = recipe({"name": "ef"}, {"name": "terngrad"}, train={"steps": 1, "batch_size": 4})
+    assert "terngrad" in data_parallel.build(chosen, Context()).method.notes()[0]
+
+
+def test_nan_gradient_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random block would carry a NaN only when it covers it; the loop refuses it at once (exit code 4)."""
+    chosen = recipe({"name": "def"}, BLOCK, checkpoint={"every": 2})
+    real = data_parallel._gradient
+
+    def poisoned(r: Any, ctx: Any, job: Any, slot: int, worker: int, step: int) -> tuple[float, torch.Tensor]:
+        loss, grad = real(r, ctx, job, slot, worker, step)
+        if step == 3 and worker == 2:
+            grad[-1] = float("nan")
+        return loss, grad
+
+    monkeypatch.setattr(data_parallel, "_gradient", poisoned)
+    with pytest.raises(Diverged, match="step 3, worker 2") as error:
+        train(chosen, str(tmp_path))
+    assert error.value.exit_code == 4
+    saved = Checkpoints(tmp_path, chosen.checkpoint, Context()).latest()
+    assert saved is not None and saved.step == 2
+    assert all(bool(torch.isfinite(v).all()) for v in saved.model().values())
+    monkeypatch.undo()
+    train(chosen, str(tmp_path))
