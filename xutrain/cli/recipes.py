@@ -122,7 +122,7 @@ def _show_part(kind: str, name: str, verb: str | None, schema: bool, json: bool)
         console.print_json(described)
         return
     module = __import__(cls.__module__, fromlist=["x"])
-    card = {
+    card: dict[str, Any] = {
         "kind": kind,
         "name": entry.name,
         "aliases": list(entry.aliases),

@@ -99,7 +99,8 @@ class Checkpoints:
         aside = self.folder / f".step-{step:06d}.aside"
         problem = ""
         if self.ctx.is_main:
-            problem = _attempt(lambda: (shutil.rmtree(aside, ignore_errors=True), aside.mkdir(parents=True)))
+            shutil.rmtree(aside, ignore_errors=True)
+            problem = _attempt(lambda: aside.mkdir(parents=True))
         self._agree(problem)
         problem = _attempt(lambda: self._write(aside, shared, workers or {}, model))
         self._agree(problem)

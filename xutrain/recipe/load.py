@@ -116,7 +116,7 @@ def set_key(raw: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     here = raw
     for depth, part in enumerate(parents):
-        below = here.get(part)
+        below: Any = here.get(part)
         if isinstance(below, str):  # `codec: orq` stands for {name: orq}
             below = {"name": below}
         if below is None:
