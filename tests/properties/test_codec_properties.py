@@ -96,7 +96,7 @@ def test_decoded_values_are_neighbouring_levels(v: torch.Tensor, bucket: int, se
             assert y in (max(b for b in row if b <= w), min(b for b in row if b >= w))
 
 
-@FEW
+@settings(max_examples=60, deadline=None)
 @given(VECTORS)
 def test_contractive_on_any_vector(v: torch.Tensor) -> None:
     norm = float(v.double().square().sum())

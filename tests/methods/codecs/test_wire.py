@@ -188,3 +188,19 @@ def test_tensor_path_gives_the_same_payload(name: str, options: dict[str, Any], 
     monkeypatch.setattr(eden, "on_host", lambda device: False)
     there = codec.encode(v, xutrain.key(3))
     assert torch.equal(there.data, here.data) and torch.equal(codec.decode(there), out)
+
+
+@pytest.mark.parametrize(("name", "options"), ALL, ids=[named(n, o) for n, o in ALL])
+def test_bytes_do_not_depend_on_threads(name: str, options: dict[str, Any]) -> None:
+    """Processes with different numbers of threads must agree, long buckets included."""
+    extra = {} if name in ("fp", "fp16", "bf16", "signsgd") else {"bucket": 1 << 17}
+    codec, v = make(name, **extra, **options), draw("t3", 150_000)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            payload = codec.encode(v, xutrain.key(1))
+            found.append((payload.data, codec.decode(payload)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, found[0][0]) and torch.equal(b, found[0][1]) for a, b in found)

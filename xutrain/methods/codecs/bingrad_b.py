@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from xutrain.methods.codecs.rounding import row_sums
 from xutrain.methods.codecs.scalar import BucketOptions
 from xutrain.methods.codecs.search import sort_rows
 from xutrain.methods.codecs.two_means import TwoMeans
@@ -33,7 +34,7 @@ class BinGradB(TwoMeans):
     def threshold(self, rows: Tensor) -> Tensor:
         n = rows.shape[1]
         if self.options.threshold == "mean":
-            exact = rows.sum(1, keepdim=True, dtype=torch.float64) / n
+            exact = row_sums(rows) / n
             near = exact.float()
             # rounded up, so that comparing in float32 is comparing with the exact mean
             return torch.where(near.double() < exact, torch.nextafter(near, torch.full_like(near, torch.inf)), near)

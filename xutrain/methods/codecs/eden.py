@@ -12,7 +12,7 @@ from torch import Tensor
 from xutrain.engine.rng import Key
 from xutrain.methods.codecs import packing
 from xutrain.methods.codecs.base import Codec, Payload, check_finite
-from xutrain.methods.codecs.rounding import greater, look_up, need_key, on_host
+from xutrain.methods.codecs.rounding import greater, look_up, need_key, on_host, row_sums
 from xutrain.methods.codecs.scalar import as_vector
 from xutrain.methods.codecs.walsh import hadamard
 from xutrain.registry import Named, codec
@@ -94,7 +94,7 @@ class Eden(Codec):
         # divided by the largest magnitude first, so that neither squares nor sums overflow
         peak = rows.abs().amax(1, keepdim=True)
         unit = rows / torch.where(peak > 0, peak, 1.0)
-        norm = unit.double().square().sum(1, keepdim=True)  # ||v||^2
+        norm = row_sums(unit.double().square())  # ||v||^2
         r = hadamard(unit * flips)  # sqrt(N) times the rotated bucket, so that its rms is ||v||
         rms = norm.sqrt().float()
         hit = torch.empty_like(out)
@@ -104,11 +104,11 @@ class Eden(Codec):
                 out.add_(hit)
         q = torch.empty_like(rows)
         look_up(self.grid.to(rows.device).expand(len(rows), -1).contiguous(), out, q)
-        inner = (r.double() * q).sum(1, keepdim=True) / size**0.5  # <r, q>
+        inner = row_sums(r.double() * q) / size**0.5  # <r, q>
         if self.options.scale == "unbiased":
             scale = norm / inner
         else:
-            scale = inner / q.double().square().sum(1, keepdim=True)
+            scale = inner / row_sums(q.double().square())
         return torch.where(norm > 0, scale * peak, 0.0).float()
 
     def decode(self, payload: Payload) -> Tensor:

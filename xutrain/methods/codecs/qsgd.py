@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from xutrain.methods.codecs.rounding import row_sums
 from xutrain.methods.codecs.scalar import BucketOptions, ScalarCodec
 from xutrain.registry import codec
 
@@ -45,7 +46,7 @@ class QSGD(ScalarCodec):
     def find(self, rows: Tensor) -> Tensor:
         if self.options.norm == "max":
             return rows.abs().amax(1, keepdim=True)
-        return rows.double().square().sum(1, keepdim=True).sqrt().clamp(max=torch.finfo(torch.float32).max).float()
+        return row_sums(rows.double().square()).sqrt().clamp(max=torch.finfo(torch.float32).max).float()
 
     def table(self, numbers: Tensor) -> Tensor:
         u = self.base // 2

@@ -22,6 +22,7 @@ def on_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+_PIECE = 1 << 14
 _HUGE = 8.0e37  # beyond this, differences of two float32 values may overflow
 
 
@@ -31,6 +32,18 @@ def need_key(key: Key | None, name: str) -> Key:
         hint = 'codec.encode(vector, key=xutrain.key(seed=0, stream="round", step=0, worker=0))'
         raise UsageError(Issue("key", f"codec {name} draws random numbers and needs a key", hint=hint, has_value=False))
     return key
+
+
+def row_sums(rows: Tensor) -> Tensor:
+    """Sums of rows (B, n), float64 (B, 1), in an order that does not depend on the number of threads.
+
+    torch splits one long row among its threads, so long rows are summed in pieces of fixed size.
+    """
+    full = rows.shape[1] // _PIECE * _PIECE
+    if rows.shape[1] <= _PIECE:
+        return rows.sum(1, keepdim=True, dtype=torch.float64)
+    pieces = rows[:, :full].reshape(len(rows), -1, _PIECE).sum(2, dtype=torch.float64)
+    return pieces.sum(1, keepdim=True) + rows[:, full:].sum(1, keepdim=True, dtype=torch.float64)
 
 
 class Draws(NamedTuple):

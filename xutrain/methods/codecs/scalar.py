@@ -18,7 +18,7 @@ from xutrain.engine.rng import Key
 from xutrain.errors import Issue, UsageError
 from xutrain.methods.codecs import packing, rounding
 from xutrain.methods.codecs.base import Codec, Payload, check_finite
-from xutrain.methods.codecs.rounding import Draws, look_up, moments, need_key, round_randomly
+from xutrain.methods.codecs.rounding import Draws, look_up, moments, need_key, round_randomly, row_sums
 from xutrain.registry import Named
 
 _BF16_MAX = float(torch.finfo(torch.bfloat16).max)
@@ -67,8 +67,8 @@ def clipped(rows: Tensor, multiple: float) -> Tensor:
 
     A constant bucket has sigma 0 and is left as it is: it is sent exactly.
     """
-    wide = rows.double()
-    sigma = (wide - wide.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt()
+    wide, n = rows.double(), rows.shape[1]
+    sigma = (row_sums((wide - row_sums(wide) / n).square()) / n).sqrt()
     constant = rows.amin(1, keepdim=True) == rows.amax(1, keepdim=True)
     limit = torch.where(constant, torch.inf, multiple * sigma).float()
     return torch.minimum(torch.maximum(rows, -limit), limit)

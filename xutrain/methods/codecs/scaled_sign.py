@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from xutrain.methods.codecs.rounding import Draws, at_least
+from xutrain.methods.codecs.rounding import Draws, at_least, row_sums
 from xutrain.methods.codecs.scalar import Block, BucketOptions, ScalarCodec
 from xutrain.registry import codec
 
@@ -47,7 +47,7 @@ class ScaledSign(ScalarCodec):
         return (Block(i, i + 1, part.start, part.stop, part.numel) for i, part in enumerate(self.tensors(vector.numel())))
 
     def find(self, rows: Tensor) -> Tensor:
-        return (rows.abs().sum(1, keepdim=True, dtype=torch.float64) / rows.shape[1]).float()
+        return (row_sums(rows.abs()) / rows.shape[1]).float()
 
     def table(self, numbers: Tensor) -> Tensor:
         return torch.cat((-numbers, numbers), 1)

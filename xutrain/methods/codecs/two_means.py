@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xutrain.methods.codecs.rounding import Draws, at_least
+from xutrain.methods.codecs.rounding import Draws, at_least, row_sums
 from xutrain.methods.codecs.scalar import ScalarCodec
 
 
@@ -35,6 +35,6 @@ class TwoMeans(ScalarCodec):
         many = out.sum(1, keepdim=True, dtype=torch.int32)
         few = rows.shape[1] - many
         upper = rows * out.float()
-        high = upper.sum(1, keepdim=True, dtype=torch.float64) / many
-        low = (rows - upper).sum(1, keepdim=True, dtype=torch.float64) / few
+        high = row_sums(upper) / many
+        low = row_sums(rows - upper) / few
         return torch.cat((torch.where(few > 0, low, high), torch.where(many > 0, high, low)), 1).float()
