@@ -16,6 +16,7 @@ class Digits:
     class Options(ImageOptions):
         name: str = "digits"
         test_fraction: float = Field(0.2, gt=0, lt=1, description="Part of the 1,797 images that is kept for testing (0.2: 360 images).")
+        standardise: bool = Field(True, description="Subtract the mean and divide by the deviation; false leaves pixels in 0 .. 1.")
 
     @staticmethod
     def build(options: Options, seed: int) -> ImageTask:
@@ -25,4 +26,5 @@ class Digits:
         images, labels = raw.images.astype(np.uint8)[:, None], raw.target
         train, test = hold_out(len(labels), options.test_fraction, options.data_seed)
         splits = divide((images[train], labels[train]), (images[test], labels[test]), options)
-        return ImageTask("digits", splits, 10, mean=(0.305,), std=(0.376,), peak=16.0)
+        mean, std = (0.305, 0.376) if options.standardise else (0.0, 1.0)
+        return ImageTask("digits", splits, 10, mean=(mean,), std=(std,), peak=16.0)
