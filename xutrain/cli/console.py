@@ -28,12 +28,14 @@ def print_issues(issues: list[Issue]) -> None:
             err.print(rest, markup=False)
 
 
-def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
-    """A plain table; numbers are shortened to four significant digits."""
-    view = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+def table(columns: list[str], rows: list[list[Any]], title: str | None = None, *, wrap: bool = True) -> None:
+    """A plain table; numbers are shortened to four significant digits. Without ``wrap`` a row stays one line, however wide."""
+    view = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        view.add_column(column, no_wrap=not wrap)
     for row in rows:
         view.add_row(*(show(v) for v in row))
-    out.print(view)
+    out.print(view, width=None if wrap else max(out.width, 400), crop=wrap, no_wrap=not wrap)
 
 
 def show(value: Any) -> str:

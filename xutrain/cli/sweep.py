@@ -1,0 +1,135 @@
+"""`xutrain sweep`: run what is missing of a suite, and print its table."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from xutrain.cli import console
+from xutrain.errors import Issue, UsageError
+
+if TYPE_CHECKING:
+    from xutrain.report.suite import Table
+
+Scale = Annotated[str, typer.Option("--scale", metavar="cpu|paper", help="cpu: embedded data, minutes on two cores; paper: the published setting.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("sweep", epilog="Example: xutrain sweep demo    Next: xutrain report demo    All suites: xutrain ls suites")(sweep)
+
+
+def sweep(
+    names: Annotated[list[str], typer.Argument(metavar="SUITE...", help="Suites, a paper's short name, or all.")],
+    scale: Scale = "cpu",
+    seeds: Annotated[Optional[str], typer.Option(metavar="0,1,2", help="Seeds instead of the suite's.")] = None,
+    jobs: Annotated[Optional[int], typer.Option(min=1, help="Runs at a time, one thread each.", show_default="the cores")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes of each run.")] = 1,
+    only: Annotated[Optional[str], typer.Option(metavar="PATTERNS", help="Rows, or row/column, with * and commas: orq*,fp")] = None,
+    launcher: Annotated[Optional[str], typer.Option(metavar="local|slurm", help="Where cells run.")] = None,
+    cluster: Annotated[Optional[str], typer.Option(metavar="NAME", help="SLURM profile: a name under configs/clusters, or a path.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Every cell with its recipe's smoke overrides: seconds.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run; run nothing.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run everything again; old run folders are moved aside.")] = False,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where run folders go.")] = Path("runs"),
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Run what is missing of suites: finished runs are recalled, unfinished ones go on."""
+    from xutrain.cli.train import parse_seeds
+    from xutrain.launch import sweep as sweeping
+    from xutrain.report import suite as suites
+
+    if scale not in suites.SCALES:
+        raise UsageError(Issue("--scale", "must be cpu or paper", scale))
+    if launcher not in (None, "local", "slurm"):
+        raise UsageError(Issue("--launcher", "must be local or slurm", launcher))
+    wanted = parse_seeds(seeds) if seeds is not None else None
+    chosen = [n for n in suites.select(names) if len(names) == 1 and names == [n] or suites.has_scale(n, scale)]
+    if not chosen:
+        raise UsageError(Issue("SUITE", f"nothing of this has the scale {scale}", " ".join(names)))
+    patterns = [p.strip() for p in only.split(",")] if only else None
+    tables = [suites.open_table(n, scale, smoke=smoke, seeds=wanted, only=patterns) for n in chosen]
+    prepared = [(t, sweeping.prepare(t, out=out, nproc=nproc, fresh=fresh and not dry_run, launcher=launcher)) for t in tables]
+    if launcher == "slurm":
+        _slurm(prepared, cluster, dry_run, smoke, out, json)
+        return
+    if dry_run:
+        _show_plan(prepared, json)
+        return
+    values, worst = [], 0
+    for table, work in prepared:
+        manifest = sweeping.write_manifest(table, work, out)
+        tell = (lambda text: None) if quiet else lambda text: console.err.print(text, markup=False)
+        tell(f"suite {table.name}, scale {table.scale}{' (smoke)' if smoke else ''}: {len(table.cells)} cells x {len(table.seeds)} seeds")
+        results = sweeping.carry_out(work, jobs or _cores(), tell, again=fresh)
+        worst = max([worst, *(int(r["exit_code"]) for r in results)], key=lambda code: (code != 0, code == 1, code))
+        values.append(_value(table, work, results, manifest))
+    if json:
+        console.print_json(values[0] if len(values) == 1 else {"suites": values})
+    else:
+        _show_tables(tables, out)
+        console.err.print(f"next: xutrain report {' '.join(names)}" + (f" --scale {scale}" if scale != "cpu" else ""), markup=False)
+    raise typer.Exit(worst)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _value(table: Table, work: list[Any], results: list[dict[str, Any]], manifest: Path) -> dict[str, Any]:
+    from xutrain.launch.run import public
+
+    cells = [{"row": job.cell.row, "column": job.cell.column, **public(result)} for job, result in zip(work, results, strict=True)]
+    counts: dict[str, int] = {}
+    for result in results:
+        counts[result["status"]] = counts.get(result["status"], 0) + 1
+    return {"suite": table.name, "scale": table.scale, "smoke": table.smoke, "manifest": str(manifest), "counts": counts, "cells": cells}
+
+
+def _show_plan(prepared: list[tuple[Table, list[Any]]], json: bool) -> None:
+    rows = [
+        {"suite": table.name, "cell": job.cell.key, "seed": job.seed, "status": job.status, "recipe": job.cell.recipe,
+         "overrides": list(job.cell.overrides), "run": str(job.plan.folder)}
+        for table, work in prepared
+        for job in work
+    ]  # fmt: skip
+    if json:
+        console.print_json({"status": "dry-run", "runs": rows})
+        return
+    console.table(["suite", "cell", "seed", "status", "recipe", "overrides"], [[*list(r.values())[:5], " ".join(r["overrides"])] for r in rows])
+    missing = sum(r["status"] != "done" for r in rows)
+    console.out.print(f"{missing} of {len(rows)} runs would start", markup=False)
+
+
+def _show_tables(tables: list[Table], out: Path) -> None:
+    from xutrain.cli.report import print_table
+    from xutrain.report import build
+
+    for table in tables:
+        print_table(build.section(table, out))
+
+
+def _slurm(prepared: list[tuple[Table, list[Any]]], cluster: str | None, dry_run: bool, smoke: bool, out: Path, json: bool) -> None:
+    """Hand the runs that are not finished to the job script of the verbs."""
+    from xutrain.launch.sweep import write_manifest
+
+    if importlib.util.find_spec("xutrain.launch.slurm") is None:
+        raise UsageError(Issue("--launcher", "slurm is not part of this version yet", "slurm", "leave --launcher out"))
+    from xutrain.launch import slurm  # type: ignore[attr-defined, unused-ignore]
+
+    plans = [job.plan for _, work in prepared for job in work if job.status != "done"]
+    if not dry_run:
+        for table, work in prepared:
+            write_manifest(table, work, out)
+    if not plans:
+        console.err.print("every run is finished", markup=False)
+        return
+    answer = slurm.launch(plans, cluster, dry_run=dry_run, smoke=smoke)
+    if json:
+        console.print_json(answer[0] if len(answer) == 1 else {"runs": answer})
+    else:
+        slurm.show(answer)

@@ -1,0 +1,259 @@
+"""From suites and run folders to one value that every format prints: the same numbers in Markdown, HTML and JSON."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from xutrain.engine.record import read_json
+from xutrain.errors import Issue, UsageError
+from xutrain.report import claims, published, runs
+from xutrain.report.runs import Run
+from xutrain.report.suite import Line, Plot, Suite, Table
+
+#: verdicts that `--check` does not forgive
+FAULTS = {"off", "ordering fails", "missing", "failed", "diverged"}
+AXES = {"bits": "bits_up", "time": "wall_s", "step": "step", "epoch": "epoch", "round": "round"}
+
+
+def section(table: Table, out: Path) -> dict[str, Any]:
+    """A suite with what its runs under ``out`` say. Raises Failed for a changed record, UsageError for runs that disagree."""
+    manifest = read_json(out / "suites" / table.manifest).get("cells", {})
+    found: dict[tuple[str, str], list[Run]] = {}
+    stale: list[str] = []
+    for cell in table.cells:
+        known = manifest.get(cell.key)
+        if not isinstance(known, dict) or known.get("spec") != cell.spec:
+            stale += [cell.key] if isinstance(known, dict) else []
+            continue
+        wanted = sorted({*known.get("seeds", []), *table.seeds})
+        folders = [out / str(known["folder"]) / f"seed{seed}" for seed in wanted]
+        found[cell.row, cell.column] = runs.read_all(f for f in folders if (f / "run.json").is_file())
+    overrides = {(c.row, c.column): (c.recipe, list(c.overrides)) for c in table.cells}
+    notes = [f"{len(stale)} cells changed since they ran and count as missing: {', '.join(stale)}"] if stale else []
+    return _section(table, found, overrides, notes, published.papers())
+
+
+def section_of_runs(folders: list[Path]) -> dict[str, Any]:
+    """A table of run folders outside any suite, one row a recipe. Raises as ``section`` does."""
+    read = runs.read_all(folders)
+    grouped: dict[str, list[Run]] = {}
+    for run in read:
+        head = run.run
+        grouped.setdefault(f"{head.get('verb')}/{head.get('recipe')} {run.group}", []).append(run)
+    metrics = {n for r in read for n in r.metrics}
+    wanted = [m for m in ("test_accuracy", "dice", "perplexity", "val_loss", "auc", "objective", "test_loss", "train_loss") if m in metrics]
+    main = wanted[0] if wanted else next(iter(sorted(metrics)), "test_loss")
+    logged = main in {line["name"] for r in read for line in r.lines}
+    suite = Suite(
+        summary="Runs as they lie in their folders",
+        title="Runs",
+        rows={key: Line(label=key) for key in grouped},
+        seeds=sorted({r.seed for r in read}),
+        metric=main,
+        better="lower" if main in ("perplexity", "objective") or main.endswith("loss") else "higher",
+        show=wanted[1:3],
+        plots=[Plot(y=main, x="bits", log_x=True), Plot(y=main, x="step")] if logged else [],
+    )
+    smoke = bool(read) and all(r.result.get("scale") == "smoke" for r in read)
+    table = Table("runs", "as run", smoke, suite, (), tuple(suite.seeds))
+    return _section(table, {(key, "all"): group for key, group in grouped.items()}, {}, [], [])
+
+
+def _section(
+    table: Table,
+    found: dict[tuple[str, str], list[Run]],
+    recipes: dict[tuple[str, str], tuple[str, list[str]]],
+    notes: list[str],
+    papers: list[published.Paper],
+) -> dict[str, Any]:
+    suite = table.suite
+    for key, group in found.items():
+        runs.agree(group, f"suite {table.name}, {'/'.join(key)}")
+    used = {(c.row, c.column) for c in table.cells} or set(found)
+    rows = [r for r in suite.rows if any(r == row for row, _ in used)]
+    columns = [c for c in suite.columns if any(c == column for _, column in used)]
+    cells = [_cell(row, column, table, found.get((row, column), []), recipes.get((row, column)), papers) for row in rows for column in columns if (row, column) in used]
+    _compare(cells, table)
+    judged = _judge(table, found, columns, papers)
+    paper = next((p for p in papers if p.content.id == suite.paper), None)
+    return {
+        "suite": table.name,
+        "group": suite.group,
+        "scale": table.scale,
+        "smoke": table.smoke,
+        "title": suite.title or suite.summary,
+        "summary": suite.summary,
+        "paper": {"id": suite.paper, "where": suite.where, "title": paper.content.title if paper else "", "venue": paper.content.venue if paper else "",
+                  "authors": paper.content.authors if paper else "", "unseen": paper.content.unseen if paper else ""},
+        "metric": suite.metric,
+        "better": suite.better,
+        "show": suite.show,
+        "seeds": list(table.seeds),
+        "rows": [{"key": r, "label": suite.rows[r].label or r, "note": suite.rows[r].note} for r in rows],
+        "columns": [{"key": c, "label": suite.columns[c].label or c, "note": suite.columns[c].note} for c in columns],
+        "cells": cells,
+        "claims": judged,
+        "plots": [p for plot in suite.plots for p in _plots(plot, table, found, rows, columns)],
+        "notes": [*suite.notes, *notes, *sorted({n for c in cells for n in c["notes"]})],
+        "command": f"xutrain sweep {table.name}" + (f" --scale {table.scale}" if table.scale != "cpu" else "") + (" --smoke" if table.smoke else ""),
+    }  # fmt: skip
+
+
+def _cell(row: str, column: str, table: Table, group: list[Run], recipe: tuple[str, list[str]] | None, papers: list[published.Paper]) -> dict[str, Any]:
+    done = [r for r in group if r.status == "done"]
+    bad = sorted({r.status for r in group} - {"done"})
+    names = sorted({n for r in done for n in {**r.metrics, **r.bits}})
+    numbers = {n: _spread([v for r in done if (v := {**r.metrics, **r.bits}.get(n)) is not None]) for n in names}
+    said = _published(row, column, table, papers)
+    missing = sorted({*table.seeds} - {r.seed for r in done})
+    return {
+        "row": row,
+        "column": column,
+        "recipe": recipe[0] if recipe else "",
+        "overrides": recipe[1] if recipe else [],
+        "n": len(done),
+        "seeds": [r.seed for r in done],
+        "missing_seeds": missing,
+        "status": "done" if done and not bad and not missing else "diverged" if bad == ["diverged"] else "partly done" if done else bad[0] if bad else "missing",
+        "metrics": numbers,
+        "published": said,
+        "difference": None,
+        "verdict": "",
+        "why": "",
+        "runs": [r.trace() for r in group],
+        "notes": [str(n) for r in done for n in r.run.get("notes", [])],
+    }
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "n": len(values), "values": values}
+
+
+def _published(row: str, column: str, table: Table, papers: list[published.Paper]) -> dict[str, Any] | None:
+    for paper in papers:
+        for key, found in paper.tables_of(table.name).items():
+            number = found.number(row, column)
+            if number is not None and found.metric == table.suite.metric:
+                return {"value": number.value, "std": number.std, "where": found.where, "source": found.source, "table": key, "scale": found.scale,
+                        "tolerance": found.tolerance, "note": number.note}  # fmt: skip
+    return None
+
+
+def _compare(cells: list[dict[str, Any]], table: Table) -> None:
+    """Difference and verdict of every cell."""
+    metric = table.suite.metric
+    for cell in cells:
+        ours, said = cell["metrics"].get(metric), cell["published"]
+        if ours is not None and said is not None:
+            cell["difference"] = ours["mean"] - said["value"]
+        cell["verdict"], cell["why"] = _verdict(cell, cells, table)
+
+
+def _verdict(cell: dict[str, Any], cells: list[dict[str, Any]], table: Table) -> tuple[str, str]:
+    metric, said = table.suite.metric, cell["published"]
+    ours = cell["metrics"].get(metric)
+    if cell["n"] == 0 or ours is None:
+        return (cell["status"] if cell["status"] in ("failed", "diverged") else "missing"), f"no finished run has {metric}"
+    if table.smoke:
+        return "smoke only", "a smoke run says that it works, not how well"
+    if cell["n"] < 2:
+        return "one seed", "no verdict from a single seed"
+    if said is None:
+        return "", "the paper's number is not known"
+    if table.scale == said["scale"]:
+        error = math.hypot(ours["std"] / math.sqrt(ours["n"]), said["std"] or 0.0)
+        allowed = max(2 * error, said["tolerance"])
+        return ("match" if abs(cell["difference"]) <= allowed else "off"), f"difference {cell['difference']:+.4g}, allowed {allowed:.3g}"
+    against = [c for c in cells if c is not cell and c["column"] == cell["column"] and c["published"] and c["n"] > 1 and metric in c["metrics"]]
+    if not against:
+        return "", "no other cell of this column to order it with"
+    wrong = [c["row"] for c in against if _contradicts(cell, c, metric)]
+    return ("ordering fails", "the paper has it the other way than " + ", ".join(wrong)) if wrong else ("ordering holds", f"as in the paper against {len(against)} rows")
+
+
+def _contradicts(cell: dict[str, Any], other: dict[str, Any], metric: str) -> bool:
+    """Whether two cells are in the opposite order of the paper's, beyond two standard errors of their difference."""
+    paper = cell["published"]["value"] - other["published"]["value"]
+    a, b = cell["metrics"][metric], other["metrics"][metric]
+    ours = a["mean"] - b["mean"]
+    error = math.hypot(a["std"] / math.sqrt(a["n"]), b["std"] / math.sqrt(b["n"]))
+    return bool(paper * ours < 0 and abs(ours) > 2 * error)
+
+
+def _judge(table: Table, found: dict[tuple[str, str], list[Run]], columns: list[str], papers: list[published.Paper]) -> list[dict[str, Any]]:
+    cells = {(c.row, c.column): {r.seed: r for r in found.get((c.row, c.column), [])} for c in table.cells}
+    judged = []
+    for paper in papers:
+        for key, claim in paper.claims_of(table.name).items():
+            _known(claim, table, paper, key)
+            verdict = claims.judge(claim, cells, columns, table.suite.metric, table.scale, table.smoke)
+            judged.append({"id": f"{paper.name}.{key}", **verdict})
+    return judged
+
+
+def _known(claim: published.Claim, table: Table, paper: published.Paper, key: str) -> None:
+    for side in (claim.left, claim.right):
+        if isinstance(side, published.Side) and (side.row not in table.suite.rows or (side.column or next(iter(table.suite.columns))) not in table.suite.columns):
+            where = f"{paper.path}: claims.{key}"
+            raise UsageError(Issue(where, f"suite {table.name} has no such cell at scale {table.scale}", f"{side.row}/{side.column}", f"rows: {', '.join(table.suite.rows)}"))
+
+
+def _plots(plot: Plot, table: Table, found: dict[tuple[str, str], list[Run]], rows: list[str], columns: list[str]) -> list[dict[str, Any]]:
+    """One panel a column; panels without a point are left out."""
+    draw: Callable[[Plot, list[Run]], list[dict[str, float | None]]] = _curve if plot.kind == "curve" else _point
+    panels = []
+    for column in plot.columns or columns:
+        series = []
+        for row in rows:
+            done = [r for r in found.get((row, column), []) if r.status == "done"]
+            points = draw(plot, done) if done else []
+            if points:
+                series.append({"row": row, "label": table.suite.rows[row].label or row, "n": len(done), "points": points})
+        if series:
+            label = table.suite.columns[column].label
+            title = plot.title or f"{plot.y.replace('_', ' ')} against {plot.x.replace('_', ' ')}"
+            several = len(plot.columns or columns) > 1
+            panels.append({"y": plot.y, "x": plot.x, "kind": plot.kind, "log_x": plot.log_x, "log_y": plot.log_y, "column": column,
+                           "title": f"{title}: {label or column}" if several else title, "series": series})  # fmt: skip
+    return panels
+
+
+def _curve(plot: Plot, done: list[Run]) -> list[dict[str, float | None]]:
+    """Mean and deviation over the seeds at the steps that all of them logged."""
+    curves = [{line["step"]: line for line in run.curve(plot.y)} for run in done]
+    steps = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
+    axis = AXES.get(plot.x, plot.x)
+    points: list[dict[str, float | None]] = []
+    for step in steps:
+        at = [c[step].get(axis) for c in curves]
+        known = [float(x) for x in at if isinstance(x, (int, float))]
+        if len(known) < len(at) or (plot.log_x and min(known) <= 0):
+            continue
+        spread = _spread([float(c[step]["value"]) for c in curves])
+        points.append({"x": statistics.fmean(known), "mean": spread["mean"], "std": spread["std"]})
+    return points
+
+
+def _point(plot: Plot, done: list[Run]) -> list[dict[str, float | None]]:
+    numbers = [{**r.metrics, **r.bits} for r in done]
+    axis = "bits_up" if plot.x == "bits" else plot.x
+    both = [n for n in numbers if axis in n and plot.y in n]
+    if not both or (plot.log_x and min(n[axis] for n in both) <= 0):
+        return []
+    y = _spread([n[plot.y] for n in both])
+    return [{"x": statistics.fmean(n[axis] for n in both), "mean": y["mean"], "std": y["std"]}]
+
+
+def faults(sections: list[dict[str, Any]]) -> list[str]:
+    """What `report --check` fails for: cells and required claims that do not hold."""
+    found = []
+    for part in sections:
+        found += [f"{part['suite']} {c['row']}/{c['column']}: {c['verdict']} ({c['why']})" for c in part["cells"] if c["verdict"] in FAULTS]
+        found += [f"{part['suite']} {c['row']}/{c['column']}: seeds {c['missing_seeds']} are missing" for c in part["cells"] if c["n"] and c["missing_seeds"]]
+        found += [f"claim {c['id']}: {c['verdict']}" for c in part["claims"] if c["required"] and c["verdict"] != "pass"]
+    return found

@@ -1,0 +1,77 @@
+"""Whether a claim holds among a suite's runs. Orderings need two seeds at least; closed-form facts must hold in every run."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from xutrain.report.published import Claim, Side
+from xutrain.report.runs import Run
+
+#: runs of one cell by seed
+CellRuns = dict[int, Run]
+
+
+def value(run: Run, metric: str) -> float | None:
+    """A number of one run: a final metric, ``bits_up``/``bits_down``/``bits_per_worker_step``, or the mean of a curve."""
+    if metric.startswith("curve_mean:"):
+        lines = run.curve(metric.partition(":")[2])
+        return statistics.fmean(line["value"] for line in lines) if lines else None
+    return run.metrics.get(metric, run.bits.get(metric))
+
+
+def judge(claim: Claim, cells: dict[tuple[str, str], CellRuns], columns: list[str], default_metric: str, scale: str, smoke: bool) -> dict[str, Any]:
+    """The verdict on one claim: ``pass``, ``fail``, ``one seed``, ``smoke only`` or ``missing``, and the numbers behind it."""
+    wanted = [claim.left.column] if claim.left.column else columns
+    parts = [_part(claim, c, cells, default_metric) for c in wanted]
+    known = [p for p in parts if p["verdict"] != "absent"]
+    verdicts = [p["verdict"] for p in known]
+    verdict = "missing" if not known else next((v for v in ("fail", "missing", "one seed") if v in verdicts), "pass")
+    if smoke and verdict != "missing" and claim.kind != "exact":
+        verdict = "smoke only"
+    required = scale in claim.must_hold and not smoke
+    return {"text": claim.text, "source": claim.source, "kind": claim.kind, "verdict": verdict, "required": required,
+            "must_hold": list(claim.must_hold), "note": claim.note, "parts": known}  # fmt: skip
+
+
+def _part(claim: Claim, column: str, cells: dict[tuple[str, str], CellRuns], default_metric: str) -> dict[str, Any]:
+    left = cells.get((claim.left.row, column))
+    other = claim.right if isinstance(claim.right, Side) else None
+    right = cells.get((other.row, other.column or column)) if other else None
+    part: dict[str, Any] = {"column": column, "left": None, "right": None, "difference": None, "standard_error": None, "n": 0}
+    if left is None or (other is not None and right is None):
+        return {**part, "verdict": "absent"}
+    ours = _values(left, claim.left, default_metric)
+    theirs = _values(right, other, default_metric) if other is not None and right is not None else {s: float(claim.right) for s in ours}  # type: ignore[arg-type]
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return {**part, "verdict": "missing"}
+    gaps = [ours[s] - theirs[s] for s in seeds]
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
+    part.update(
+        left=statistics.fmean(ours[s] for s in seeds),
+        right=statistics.fmean(theirs[s] for s in seeds),
+        difference=statistics.fmean(gaps),
+        standard_error=error,
+        n=len(seeds),
+    )
+    if claim.kind == "exact":
+        return {**part, "verdict": "pass" if all(_holds(claim, gap) for gap in gaps) else "fail"}
+    if len(seeds) < 2:
+        return {**part, "verdict": "one seed"}
+    return {**part, "verdict": "pass" if _holds(claim, statistics.fmean(gaps), (error or 0.0) * claim.sigma) else "fail"}
+
+
+def _values(runs: CellRuns, side: Side, default_metric: str) -> dict[int, float]:
+    found = {seed: value(run, side.metric or default_metric) for seed, run in runs.items() if run.status == "done"}
+    return {seed: v * side.times for seed, v in found.items() if v is not None}
+
+
+def _holds(claim: Claim, gap: float, slack: float = 0.0) -> bool:
+    """``gap`` is left - right; ``slack`` is what a strict ordering must exceed."""
+    if claim.op == "==":
+        return abs(gap) <= claim.margin
+    upward = gap if claim.op.startswith(">") else -gap
+    upward = upward - slack + claim.margin
+    return upward >= 0 if claim.op.endswith("=") else upward > 0
