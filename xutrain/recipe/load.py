@@ -107,8 +107,8 @@ def apply(raw: dict[str, Any], overrides: Iterable[str]) -> None:
             near = f"{key.strip()}=VALUE" if key.strip() and not equals else "train.epochs=3"
             raise RecipeError(Issue("override", "must be KEY=VALUE with a dotted key", text, f"for example {near}"))
         pairs.append((key.strip(), yamlfile.parse(value, f"override {key.strip()}") if value.strip() else None))
-    for key, value in sorted(pairs, key=lambda pair: not pair[0].endswith(".name")):
-        set_key(raw, key, value)
+    for key, parsed in sorted(pairs, key=lambda pair: not pair[0].endswith(".name")):
+        set_key(raw, key, parsed)
 
 
 def set_key(raw: dict[str, Any], dotted: str, value: Any) -> None:
