@@ -8,15 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xutrain.dsm import DSM
     from xutrain.engine.rng import Key, key
     from xutrain.errors import RecipeError
     from xutrain.launch.api import run
     from xutrain.methods.codecs.base import Codec, Payload
 
 __version__ = "0.1.0"
-__all__ = ["Codec", "Key", "Payload", "RecipeError", "__version__", "codec", "key", "run"]
+__all__ = ["DSM", "Codec", "Key", "Payload", "RecipeError", "__version__", "codec", "key", "run"]
 
 _HOMES = {
+    "DSM": "xutrain.dsm",
     "run": "xutrain.launch.api",
     "RecipeError": "xutrain.errors",
     "key": "xutrain.engine.rng",

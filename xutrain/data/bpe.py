@@ -53,7 +53,7 @@ def _merge(ids: np.ndarray, pair: tuple[int, int], token: int) -> np.ndarray:
     if not len(places):
         return ids
     if pair[0] == pair[1]:
-        begins = np.flatnonzero(np.diff(places, prefix=-2) > 1)
+        begins = np.flatnonzero(np.diff(places, prepend=-2) > 1)
         run = np.arange(len(places)) - np.repeat(begins, np.diff(np.append(begins, len(places))))
         places = places[run % 2 == 0]
     merged = ids.copy()

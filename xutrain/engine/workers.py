@@ -152,6 +152,11 @@ def _all_gather_into(out: Tensor, tensor: Tensor) -> None:
     gather(out, tensor)
 
 
+def joined() -> tuple[int, int]:
+    """(rank, processes) of the process group that this process has joined; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def _cpu_group() -> Any:
     """The group of CPU tensors: the default one, which holds a gloo backend for them."""
     return dist.group.WORLD

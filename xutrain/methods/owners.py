@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xutrain.engine.rng import Key
+from xutrain.errors import Issue, RecipeError
 from xutrain.methods.codecs import packing
 from xutrain.methods.codecs.base import Payload
 from xutrain.methods.exchange import Exchange
@@ -25,6 +26,10 @@ class Owners:
     def __init__(self, exchange: Exchange, length: int, shards: int) -> None:
         self.exchange, self.workers, self.length = exchange, exchange.workers, length
         assert 1 <= shards <= self.workers.count
+        codec = exchange.codec
+        if codec.shared_support or codec.collective or codec.per_tensor:
+            hint = "method.shards=null, or a codec that works on any vector by itself, such as fp, orq or scaled_sign"
+            raise RecipeError(Issue("method.shards", f"{codec.label} cannot be cut into shards", shards, hint))
         size = -(-length // shards)
         self.ranges = [(min(length, j * size), min(length, (j + 1) * size)) for j in range(self.workers.count)]
         self.hosted = [self.ranges[j] for j in self.workers.hosted]  # empty ranges for workers that own nothing
