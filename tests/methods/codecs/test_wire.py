@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -190,17 +191,37 @@ def test_tensor_path_gives_the_same_payload(name: str, options: dict[str, Any], 
     assert torch.equal(there.data, here.data) and torch.equal(codec.decode(there), out)
 
 
-@pytest.mark.parametrize(("name", "options"), ALL, ids=[named(n, o) for n, o in ALL])
+LONG_SUMS: list[tuple[str, dict[str, Any]]] = [
+    ("orq", {}),
+    ("bingrad_b", {}),
+    ("scaled_sign", {"scope": "global"}),
+    ("qsgd", {"norm": "l2"}),
+    ("terngrad", {"clip": 2.5}),
+    ("eden", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), LONG_SUMS, ids=[named(n, o) for n, o in LONG_SUMS])
 def test_bytes_do_not_depend_on_threads(name: str, options: dict[str, Any]) -> None:
     """Processes with different numbers of threads must agree, long buckets included."""
-    extra = {} if name in ("fp", "fp16", "bf16", "signsgd") else {"bucket": 1 << 17}
-    codec, v = make(name, **extra, **options), draw("t3", 150_000)
-    threads, found = torch.get_num_threads(), []
+    codec, v = make(name, bucket=1 << 17, **options), draw("t3", 150_000)
+    one, three = with_threads(1, lambda: codec.encode(v, xutrain.key(1))), with_threads(3, lambda: codec.encode(v, xutrain.key(1)))
+    assert torch.equal(one.data, three.data)
+    assert torch.equal(with_threads(1, lambda: codec.decode(one)), with_threads(3, lambda: codec.decode(one)))
+
+
+def test_row_sums_do_not_depend_on_threads() -> None:
+    rows = draw("t3", 200_000).view(1, -1) * 1e6
+    expected = pytest.approx(math.fsum(rows[0].tolist()), rel=1e-12)
+    found = [float(with_threads(n, lambda: rounding.row_sums(rows))) for n in (1, 2, 3, 4)]
+    assert len(set(found)) == 1 and found[0] == expected
+    assert len({float(with_threads(n, lambda: rows.sum(dtype=torch.float64))) for n in (1, 2, 3, 4)}) > 1  # what it protects from
+
+
+def with_threads(count: int, work: Callable[[], Any]) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            payload = codec.encode(v, xutrain.key(1))
-            found.append((payload.data, codec.decode(payload)))
+        return work()
     finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, found[0][0]) and torch.equal(b, found[0][1]) for a, b in found)
+        torch.set_num_threads(before)
