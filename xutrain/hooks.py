@@ -1,0 +1,234 @@
+"""Any codec, with or without error feedback, as a communication hook of DistributedDataParallel.
+
+    ddp = DistributedDataParallel(model)
+    hook = CompressedHook(ddp, xutrain.codec("random_block", ratio=64), optimizer=optimizer)
+    hook.attach()
+
+Every rank is one worker: e <- e + lr u;  c = mean_k C(e^k);  e <- e - C(e);  the optimizer is handed c / lr. With ``momentum`` 0
+u is the gradient and the optimizer's own momentum acts after the reduction (PEF of arXiv 2004.05298; PowerSGD with codec
+``low_rank``). With ``momentum`` mu, u = m <- mu m + g is local, the optimizer must have none, and the arithmetic is EF's; then
+``coeff`` and ``with hook.detached():`` around forward and backward make it DEF (coeff in (0, 1)) or SAEF (coeff 1).
+
+State is kept by parameter name: DDP rebuilds its buckets after the first step, and a residual belongs to a parameter. One
+collective per bucket, started in the hook and finished in its future, so that it overlaps with the backward pass; codec
+``low_rank`` needs two, which run in the hook itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xutrain.engine import collectives
+from xutrain.engine.replica import Slice
+from xutrain.engine.rng import Key
+from xutrain.errors import Issue, UsageError
+from xutrain.methods.codecs.base import Codec, Payload
+
+
+class CompressedHook:
+    """Compresses what DDP reduces.
+
+    Args:
+        ddp: the DistributedDataParallel module whose gradients are exchanged.
+        codec: any codec, as ``xutrain.codec(name, **options)`` builds it.
+        error_feedback: send what earlier messages left out as well.
+        momentum: local heavy ball before the reduction; the optimizer then has none.
+        coeff: part of its residual by which a worker steps ahead inside ``detached``, in [0, 1].
+        optimizer: where the learning rate is read (its first group), so that residuals survive a changed rate; None: rate 1.
+        seed: of the codec's draws, the same on all ranks.
+
+    Raises:
+        UsageError: ``coeff`` or ``momentum`` out of range, or a codec that error feedback makes diverge.
+        RecipeError: the codec does not fit the parameters (``ratio`` above every tensor).
+    """
+
+    def __init__(
+        self,
+        ddp: nn.Module,
+        codec: Codec,
+        *,
+        error_feedback: bool = True,
+        momentum: float = 0.0,
+        coeff: float = 0.0,
+        optimizer: torch.optim.Optimizer | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not 0 <= coeff <= 1:
+            raise UsageError(Issue("coeff", "must be in [0, 1]", coeff))
+        if not 0 <= momentum < 1:
+            raise UsageError(Issue("momentum", "must be in [0, 1)", momentum))
+        if error_feedback and codec.expands:
+            raise UsageError(
+                Issue("codec", f"{codec.label} makes residuals grow under error feedback", codec.options.name, "rescale=False")
+            )
+        self.ddp, self.codec, self.optimizer = ddp, codec, optimizer
+        self.error_feedback, self.momentum, self.coeff, self.seed = error_feedback, momentum, coeff, seed
+        self.step = 0
+        self.bits = 0
+        self.error: dict[str, Tensor] = {}
+        self.velocity: dict[str, Tensor] = {}
+        module = getattr(ddp, "module", ddp)
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._names = {id(p): name for name, p in self._parameters.items()}
+        self._buckets: dict[tuple[str, ...], Bucket] = {}
+        self._kept: list[Tensor] = []
+        codec.lay(slices(list(self._parameters.items())))
+
+    def attach(self) -> CompressedHook:
+        """Register with DDP. Returns itself."""
+        self.ddp.register_comm_hook(self, lambda hook, bucket: hook.run(bucket))  # type: ignore[operator]
+        return self
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """Forward and backward inside see x - coeff e; afterwards the parameters are x again, bit for bit."""
+        if not self.coeff or not self.error:
+            yield
+            return
+        parameters = list(self._parameters.items())
+        values = [p.detach() for _, p in parameters]
+        if not self._kept:
+            self._kept = [torch.empty_like(v) for v in values]
+        torch._foreach_copy_(self._kept, values)
+        held = [(v, self.error[n].view_as(v)) for (n, _), v in zip(parameters, values, strict=True) if n in self.error]
+        torch._foreach_add_([v for v, _ in held], [e for _, e in held], alpha=-self.coeff)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(values, self._kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's residual and momentum by parameter name, the codec's state and the step; every rank saves its own."""
+        return {
+            "step": self.step,
+            "error": {n: e.clone() for n, e in self.error.items()},
+            "velocity": {n: v.clone() for n, v in self.velocity.items()},
+            "codec": {k: v.clone() for k, v in self._carried().items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take ``state_dict`` back, whatever the buckets are now."""
+        self.step = int(state["step"])
+        self.error = {n: e.clone() for n, e in state["error"].items()}
+        self.velocity = {n: v.clone() for n, v in state["velocity"].items()}
+        self.codec.load_state(state["codec"])
+        self._buckets = {}
+
+    @staticmethod
+    def mean_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The state that each rank of another number of ranks takes: the mean, which keeps the virtual point."""
+
+        def mean(part: str) -> dict[str, Tensor]:
+            return {n: torch.stack([s[part][n] for s in states]).mean(0) for n in states[0][part]}
+
+        return {**states[0], "error": mean("error"), "velocity": mean("velocity")}
+
+    def run(self, given: Any) -> Any:
+        """One bucket (``torch.distributed.GradBucket``): a future of the reduced gradients."""
+        rank, count = collectives.world()
+        bucket, buffer = self._bucket(given), given.buffer()
+        lr = float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else 1.0
+        message = bucket.message(buffer, lr if self.error_feedback else 1.0, self.momentum)
+        scale = lr if self.error_feedback else 1.0
+        key = Key(self.seed, "hook", self.step)
+        self.bits += bucket.codec.payload_bits(buffer.numel())
+        if given.is_last():
+            self.step += 1
+        codec, length, feed = bucket.codec, buffer.numel(), self.error_feedback
+
+        def hand_over(mean: Tensor) -> Tensor:
+            return buffer.copy_(mean.div_(scale)) if scale else buffer.zero_()
+
+        if codec.collective:
+            work = message if feed else message.clone()
+            return collectives.finished(hand_over(codec.reduce([work], lambda tensors: collectives.average(tensors[0]), key)))
+        if codec.dense:
+            values = message.clone()
+            if feed:
+                message.zero_()
+            return collectives.start_sum(values).then(lambda done: hand_over(done.value()[0].div_(count)))
+        if codec.shared_support:
+            values = codec.take(message, key)  # type: ignore[attr-defined]
+            at = codec.positions(length, key, message.device)  # type: ignore[attr-defined]
+            if feed:
+                message[at] -= values
+            factor = 1.0 / (count * scale) if scale else 0.0
+
+            def place(done: Any) -> Tensor:
+                buffer.zero_()
+                buffer[at] = done.value()[0].mul_(factor).to(buffer.dtype)
+                return buffer
+
+            return collectives.start_sum(values).then(place)
+        payload = codec.encode(message, key.fold(worker=rank))
+        if feed:
+            message.sub_(codec.decode(payload))
+        future, everyone = collectives.start_gather(payload.data)
+
+        def decode(done: Any) -> Tensor:
+            total = codec.decode(Payload(everyone[0].contiguous(), length))
+            for row in everyone[1:]:
+                total.add_(codec.decode(Payload(row.contiguous(), length)))
+            return hand_over(codec.combine(total.div_(count)))
+
+        return future.then(decode)
+
+    def _carried(self) -> dict[str, Tensor]:
+        """The codec's state by tensor name, from all buckets."""
+        return {**self.codec.state(), **{k: v for bucket in self._buckets.values() for k, v in bucket.codec.state().items()}}
+
+    def _bucket(self, given: Any) -> Bucket:
+        named = [(self._names[id(p)], p) for p in given.parameters()]
+        names = tuple(n for n, _ in named)
+        if names not in self._buckets:
+            layout = slices(named)
+            codec = type(self.codec)(self.codec.options, collectives.world()[1])
+            codec.layout = layout
+            self.codec.load_state(self._carried())  # what buckets about to go have learnt
+            codec.load_state({name: value for name, value in self.codec.state().items() if name in names})
+            device = given.buffer().device
+            error = _join(self.error, layout, device) if self.error_feedback else None
+            velocity = _join(self.velocity, layout, device) if self.momentum else None
+            held = set(names)
+            self._buckets = {k: b for k, b in self._buckets.items() if not held & set(k)}  # buckets were rebuilt
+            self._buckets[names] = Bucket(codec, error, velocity)
+        return self._buckets[names]
+
+
+class Bucket:
+    """The codec of one bucket's tensors, and flat state whose parts are views in the hook's dictionaries."""
+
+    def __init__(self, codec: Codec, error: Tensor | None, velocity: Tensor | None) -> None:
+        self.codec, self.error, self.velocity = codec, error, velocity
+
+    def message(self, gradient: Tensor, lr: float, momentum: float) -> Tensor:
+        """What is to be sent, float32: the residual with the new update added, or the update alone."""
+        update = gradient.float()
+        if self.velocity is not None:
+            update = self.velocity.mul_(momentum).add_(update)
+        return update if self.error is None else self.error.add_(update, alpha=lr)
+
+
+def slices(named: Sequence[tuple[str, Tensor]]) -> list[Slice]:
+    """The layout of named tensors laid end to end."""
+    found, at = [], 0
+    for name, tensor in named:
+        found.append(Slice(name, tuple(tensor.shape), at, at + tensor.numel()))
+        at += tensor.numel()
+    return found
+
+
+def _join(parts: dict[str, Tensor], layout: Sequence[Slice], device: torch.device) -> Tensor:
+    """One flat vector of the parts (zero where there is none yet), which become views of it."""
+    flat = torch.zeros(layout[-1].stop, device=device)
+    for part in layout:
+        view = flat[part.start : part.stop]
+        if part.name in parts:
+            view.copy_(parts[part.name])
+        parts[part.name] = view
+    return flat
