@@ -24,7 +24,7 @@ from xutrain.engine.rng import Key
 from xutrain.errors import Diverged, Issue, Stopped
 from xutrain.models.decoder import Decoder
 from xutrain.models.moe import Architecture
-from xutrain.models.shards import write_checkpoint
+from xutrain.models.shards import Source, write_checkpoint
 
 
 def config_of(size: Any) -> dict[str, Any]:
@@ -63,13 +63,19 @@ def balance_loss(trace: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:
 
 def fetch(size: Any, seed: int, cache: Path, say: Callable[[int, int, float], None], stop: Callable[[], bool]) -> Path:
     """The folder of the trained model, trained now if it is not in the cache. One process trains, others wait for the lock."""
+    plain = size.model_copy(update={"outliers": False})
+    base = fetch(plain, seed, cache, say, stop) if size.outliers else None
     name = hashlib.sha256(json.dumps([size.model_dump(), seed, 1], sort_keys=True).encode()).hexdigest()[:12]
     folder = cache / name
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(str(cache / f"{name}.lock")):
         if not (folder / "config.json").exists():
-            model = train(size, seed, say, stop)
-            write_checkpoint(folder, model.state_dict(), config_of(size))
+            if base is None:
+                state = train(size, seed, say, stop).state_dict()
+            else:
+                source = Source(base)
+                state = with_outliers({n: source.read(n) for n in source.entries}, Architecture.read(base), Key(seed, "embedded/outliers"))
+            write_checkpoint(folder, state, config_of(size))
     return folder
 
 
@@ -102,3 +108,21 @@ def train(size: Any, seed: int, say: Callable[[int, int, float], None], stop: Ca
             raise Diverged(Issue("model.embedded", f"the loss is not finite at step {step}", loss, "lower model.embedded.lr"))
         say(step + 1, size.steps, loss)
     return model.eval()
+
+
+def with_outliers(state: dict[str, Tensor], arch: Architecture, key: Key) -> dict[str, Tensor]:
+    """The same function with unequal channels (spec 9.4): gains of the norm times c and W1, W3, router columns divided by c;
+    W3 rows times u and W2 columns divided by u, with c and u exp of normal numbers. Weights then look like a large model's."""
+    state = dict(state)
+    for layer in range(arch.layers):
+        generator = key.fold(step=layer).generator()
+        c = torch.randn(arch.hidden, generator=generator).exp()
+        state[f"{arch.layer_prefix(layer)}post_attention_layernorm.weight"] = state[f"{arch.layer_prefix(layer)}post_attention_layernorm.weight"] * c
+        state[arch.router_name(layer)] = state[arch.router_name(layer)] / c
+        for e in range(arch.experts):
+            u = torch.randn(arch.ffn, generator=generator).exp()
+            gate, up, down = (arch.expert_name(layer, e, role) for role in ("gate", "up", "down"))
+            state[gate] = state[gate] / c
+            state[up] = state[up] / c * u.unsqueeze(1)
+            state[down] = state[down] / u
+    return state

@@ -22,11 +22,12 @@ class Embedded(Options):
     kv_heads: int = Field(2, ge=1, description="key and value heads")
     experts: int = Field(8, ge=1, le=256, description="experts per layer")
     top_k: int = Field(2, ge=1, description="experts per token")
-    steps: int = Field(800, ge=1, description="training steps")
+    steps: int = Field(500, ge=1, description="training steps")
     batch_size: int = Field(8, ge=1, description="sequences per step")
     length: int = Field(256, ge=2, description="bytes per sequence")
     lr: float = Field(3e-3, gt=0, le=1, description="peak learning rate")
     balance: float = Field(0.01, ge=0, description="factor of the per-layer load-balancing loss")
+    outliers: bool = Field(False, description="rescale channels after training without changing the function, as large models have them")
 
 
 class Model(Options):

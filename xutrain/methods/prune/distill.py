@@ -89,7 +89,8 @@ class Distiller:
                 self.teacher(batch[:, :-1], theirs)
             expert = expert_loss(self.student, self.teacher, own, theirs, self.options.tokens, self.options.inputs)
             if self.factor is None:
-                self.factor = float(ce) / float(expert) if float(expert) > 0 else 0.0
+                measured = float(expert.detach())
+                self.factor = float(ce.detach()) / measured if measured > 0 else 0.0
             loss = ce + self.factor * expert
         loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
