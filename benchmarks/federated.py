@@ -1,0 +1,247 @@
+"""Federated rounds on one core: xutrain's loop against a plain torch loop, pfl and Flower's simulation, at equal answers.
+
+Usage:
+    python benchmarks/federated.py [--rounds 50] [--pairs 5] [--json]             xutrain against the plain loop
+    python benchmarks/federated.py --scale [--clients 1000] [--json]              memory and time with the number of clients
+    python benchmarks/federated.py --export FILE                                  the task's tensors, for peer scripts
+    python benchmarks/federated_peers.py pfl|flower FILE                          run in an environment that has the peer
+
+The task: FedAvg, 10 clients that all take part, MLP 784-64-10 (50,890 parameters), 10 SGD steps of 20 samples each, lr 0.05.
+Both sides start from the same weights and take the same batches; their final weights must agree to 1e-5 before anything is
+timed. CPU seconds per round come from interleaved blocks of rounds, the median over pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
+from torch import nn
+
+from xutrain.engine.context import Context
+from xutrain.engine.record import Record
+from xutrain.loops import federated
+from xutrain.recipe.load import from_dict
+
+LR, CLIENTS, STEPS, BATCH = 0.05, 10, 10, 20
+
+
+def recipe(clients: int = CLIENTS, rounds: int = 50, samples: int = 2000, fraction: float = 1.0, method: str = "fedavg") -> Any:
+    """The task as a recipe, on generated 28x28 images."""
+    mapping = {
+        "data": {"name": "synthetic_images", "size": 28, "channels": 1, "samples": samples, "test_samples": 500},
+        "model": {"name": "mlp", "hidden": [64]},
+        "partition": {"name": "iid"},
+        "clients": {"count": clients, "fraction": fraction},
+        "train": {"rounds": rounds, "local_steps": STEPS, "batch_size": min(BATCH, samples // clients), "lr": LR},
+        "eval": {"every": 1000000},
+        "method": {"name": method},
+    }
+    return from_dict("federate", mapping)
+
+
+class Plain:
+    """The loop that a researcher writes: one module, a state dict per client, torch.optim.SGD, data as float tensors."""
+
+    def __init__(self, job: federated.Job) -> None:
+        task, shards = job.task, job.parts
+        whole = task.plain(torch.arange(task.num_train))
+        self.images, self.labels = whole.inputs, whole.targets
+        self.order = [lambda p, k=k, s=s: s.order(k, p, 0) for k, s in enumerate(shards)]
+        self.per_pass = [s.per_pass for s in shards]
+        self.module = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
+        with torch.no_grad():
+            nn.utils.vector_to_parameters(job.server["model"].clone(), self.module.parameters())
+        self.server = {k: v.clone() for k, v in self.module.state_dict().items()}
+        self.round = 0
+
+    def play(self) -> None:
+        total = {k: torch.zeros_like(v) for k, v in self.server.items()}
+        for k in range(len(self.order)):
+            self.module.load_state_dict(self.server)
+            optimizer = torch.optim.SGD(self.module.parameters(), lr=LR)
+            for step in range(STEPS):
+                pass_, at = divmod(self.round * STEPS + step, self.per_pass[k])
+                if step == 0 or at == 0:
+                    order = self.order[k](pass_)
+                rows = order[at * BATCH : (at + 1) * BATCH]
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(self.module(self.images[rows]), self.labels[rows]).backward()
+                optimizer.step()
+            for name, value in self.module.state_dict().items():
+                total[name].add_(value, alpha=1 / len(self.order))
+        self.server = total
+        self.round += 1
+
+    def flat(self) -> torch.Tensor:
+        return torch.cat([v.reshape(-1) for v in self.server.values()])
+
+
+class Ours:
+    """The same task through xutrain's loop."""
+
+    def __init__(self, value: Any) -> None:
+        self.recipe = value
+        self.job = federated.build(value, Context())
+        self.round = 0
+
+    def play(self) -> None:
+        federated.play(self.job, self.job.method.configure(self.job.server, federated.plan_round(self.recipe, self.job, self.round)))
+        self.round += 1
+
+
+def cpu(work: Any, rounds: int) -> float:
+    """CPU seconds per round."""
+    start = time.process_time()
+    for _ in range(rounds):
+        work.play()
+    return (time.process_time() - start) / rounds
+
+
+def compare(rounds: int, pairs: int) -> dict[str, Any]:
+    """Equal answers first, then interleaved blocks."""
+    torch.set_num_threads(1)
+    ours = Ours(recipe())
+    plain = Plain(ours.job)
+    for _ in range(5):
+        ours.play()
+        plain.play()
+    gap = float((ours.job.server["model"] - plain.flat()).abs().max())
+    if gap > 1e-5:
+        raise SystemExit(f"final weights differ by {gap:.3g}; nothing was timed")
+    times = [(cpu(plain, rounds), cpu(ours, rounds)) for _ in range(pairs)]
+    base, own = statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
+    return {
+        "largest_weight_gap": gap,
+        "plain_cpu_s_per_round": base,
+        "xutrain_cpu_s_per_round": own,
+        "ratio": statistics.median(t[1] / t[0] for t in times),
+        "overhead_ms_per_client_call": (own - base) / CLIENTS * 1e3,
+        "rounds_per_cpu_s": 1 / own,
+        "sum_of_absolute_weights": float(ours.job.server["model"].abs().sum()),
+    }
+
+
+def apart(work: Any, *arguments: Any) -> Any:
+    """What ``work`` returns in a process of its own, so that memory peaks do not add up."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        os.write(writer, json.dumps(work(*arguments)).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        value = json.loads(answer.read())
+    os.waitpid(child, 0)
+    return value
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory() -> dict[str, float]:
+    """Peak memory of ten rounds of the task, and what of it the imports (torch above all) already hold."""
+    torch.set_num_threads(1)
+    imports = peak_mb()
+    ours = Ours(recipe())
+    for _ in range(10):
+        ours.play()
+    return {"rss_of_imports_mb": imports, "peak_rss_mb": peak_mb(), "peak_above_imports_mb": peak_mb() - imports}
+
+
+def scale(most: int, rounds: int) -> list[dict[str, Any]]:
+    """10 % of the clients taking part, each size in a process of its own: CPU per client call, and memory."""
+    sizes = [c for c in (100, 200, 500, 1000, 2000, 5000) if c <= most]
+    return [apart(_scale_one, clients, rounds, method) for clients in sizes for method in ("fedavg", "scaffold")]
+
+
+def _scale_one(clients: int, rounds: int, method: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    value = recipe(clients, rounds, samples=50 * clients, fraction=0.1, method=method)
+    ours = Ours(value)
+    ours.play()
+    before = peak_mb()
+    start = time.process_time()
+    for _ in range(rounds):
+        ours.play()
+    each = (time.process_time() - start) / rounds
+    peak = peak_mb()
+    states = sum(t.numel() * 4 for kept in ours.job.kept.values() for t in kept.state.values() if isinstance(t, torch.Tensor)) / 2**20
+    return {
+        "clients": clients,
+        "method": method,
+        "taking_part": value.per_round,
+        "cpu_s_per_round": each,
+        "cpu_ms_per_client_call": each / value.per_round * 1e3,
+        "rss_after_first_round_mb": before,
+        "peak_rss_mb": peak,
+        "client_states_mb": states,
+        "data_mb": ours.job.task.num_train * 784 / 2**20,
+    }
+
+
+def start_up() -> dict[str, float]:
+    """CPU seconds of a whole one-round run inside this process, data and partition included."""
+    begin = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        ctx = Context()
+        record = Record(Path(folder), ctx.meter)
+        federated.run(recipe(rounds=1), ctx, record)
+        record.close()
+    return {"one_round_run_cpu_s": time.process_time() - begin}
+
+
+def export(path: str) -> None:
+    """Initial weights, images, labels and every batch of 60 rounds, so that a peer can take the same steps."""
+    ours = Ours(recipe())
+    whole = ours.job.task.plain(torch.arange(ours.job.task.num_train))
+    batches = []
+    for k, shard in enumerate(ours.job.parts):
+        rows = []
+        for step in range(60 * STEPS):
+            pass_, at = divmod(step, shard.per_pass)
+            rows.append(shard.order(k, pass_, 0)[at * BATCH : (at + 1) * BATCH])
+        batches.append(torch.stack(rows))
+    torch.save({"model": ours.job.server["model"], "images": whole.inputs, "labels": whole.targets, "batches": torch.stack(batches)}, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--scale", action="store_true")
+    parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--export", metavar="FILE")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    if given.export:
+        export(given.export)
+        return
+    value: Any = (
+        scale(given.clients, min(given.rounds, 10))
+        if given.scale
+        else {**apart(memory), **apart(start_up), **compare(given.rounds, given.pairs)}
+    )
+    if given.json:
+        host = {"host": platform.platform(), "torch": torch.__version__, "cpus": os.cpu_count()}
+        json.dump({"result": value, **host}, sys.stdout, indent=2)
+        return
+    for row in value if isinstance(value, list) else [value]:
+        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+
+
+if __name__ == "__main__":
+    main()
