@@ -83,20 +83,28 @@ CASES: list[Case] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Every case in one process."""
+    return _processes(str(tmp_path_factory.mktemp("alone")), CASES)
+
+
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_do_not_change_a_run(forked: Callable[..., list[Any]], tmp_path: Path, processes: int) -> None:
-    alone = _processes(str(tmp_path / "alone"), CASES)
-    for rank, results in enumerate(forked(_processes, processes, str(tmp_path / "shared"), CASES)):
-        for case, one, other in zip(CASES, alone, results, strict=True):
+def test_processes_do_not_change_a_run(
+    forked: Callable[..., list[Any]], tmp_path: Path, alone: list[dict[str, Any]], processes: int
+) -> None:
+    chosen = list(zip(CASES, alone, strict=True))[:: 3 if processes == 2 else 1]
+    for rank, results in enumerate(forked(_processes, processes, str(tmp_path), [case for case, _ in chosen])):
+        for (case, one), other in zip(chosen, results, strict=True):
             for key in ("x", "meter", "metrics"):
                 assert equal(one[key], other[key]), (rank, case, key)
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
-def test_forecast_is_what_the_meter_counts(tmp_path: Path, case: Case) -> None:
-    method, changes = case
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
+def test_forecast_is_what_the_meter_counts(alone: list[dict[str, Any]], number: int) -> None:
+    method, changes = CASES[number]
     planned = data_parallel.forecast(recipe(method, **changes))
-    counted = train(str(tmp_path), method, changes)["meter"]
+    counted = alone[number]["meter"]
     assert (planned.up, planned.down) == (sum(p[0] for p in counted.values()), sum(p[1] for p in counted.values()))
 
 
@@ -112,7 +120,7 @@ def test_forecast_is_what_the_meter_counts(tmp_path: Path, case: Case) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize("at", [4])
 def test_resumed_in_the_middle_of_a_round(tmp_path: Path, case: Case, at: int) -> None:
     method, changes = case
     straight = train(str(tmp_path / "straight"), method, changes)
@@ -155,13 +163,14 @@ def test_ranks_with_other_initial_weights_start_from_those_of_rank_0(forked: Cal
         assert all(torch.equal(p, ranks[0]["drawn"]) for p in rank["points"])
 
 
-@pytest.mark.parametrize("shards", [1, 2, 3, 4])
 @pytest.mark.parametrize("method", ["dsm", "slowmo", "global_adamw"])
-def test_sharded_is_unsharded(tmp_path: Path, shards: int, method: str) -> None:
-    whole = train(str(tmp_path / "whole"), method, {})
-    cut = train(str(tmp_path / "cut"), method, {"method.shards": shards})
-    assert whole["x"].numel() % 3
-    assert torch.equal(whole["x"], cut["x"]) and whole["metrics"] == cut["metrics"]
+def test_sharded_is_unsharded(tmp_path: Path, method: str) -> None:
+    changes: dict[str, Any] = {"model.width": 10, "train.steps": 6}
+    whole = train(str(tmp_path / "whole"), method, changes)
+    assert whole["x"].numel() % 4  # the last shard is shorter
+    for shards in (1, 2, 3, 4) if method == "dsm" else (3, 4):
+        cut = train(str(tmp_path / f"{shards}"), method, {**changes, "method.shards": shards})
+        assert torch.equal(whole["x"], cut["x"]) and whole["metrics"] == cut["metrics"]
 
 
 def test_signs_that_travel_back_lose_nothing_and_cost_a_bit(tmp_path: Path) -> None:
@@ -239,7 +248,7 @@ def test_what_is_measured_and_saved_is_the_global_model(tmp_path: Path) -> None:
 
 
 def test_training_learns(tmp_path: Path) -> None:
-    found = train(str(tmp_path), "dsm", {"train.steps": 60, "method.eta": 2.0, "method.beta1": 0.3, "method.beta2": 0.5, "eval.every": 30})
+    found = train(str(tmp_path), "dsm", {"train.steps": 48, "method.eta": 2.0, "method.beta1": 0.3, "method.beta2": 0.5, "eval.every": 24})
     losses = [line["value"] for line in found["lines"] if line["name"] == "val_loss"]
     assert len(losses) == 2 and losses[-1] < losses[0] < 5.5
 
