@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 from scipy import sparse
+
 from tests.vertical.conftest import BC3, recipe_of
 from tests.vertical.vertical_sums import objective, weights
-
 from xutrain import registry
 from xutrain.methods.vertical.afsaga import AFSAGA
 from xutrain.methods.vertical.afsgd import AFSGD
@@ -25,7 +27,9 @@ def _data(**options):
     return cls.build(cls.Options(name="breast_cancer", **options), 0)
 
 
-@pytest.mark.parametrize(("rows", "l2", "expected"), [(False, 1e-2, BC3), (False, 1e-4, 0.04344631442865036), (True, 1e-4, 0.0656205025745244)])
+@pytest.mark.parametrize(
+    ("rows", "l2", "expected"), [(False, 1e-2, BC3), (False, 1e-4, 0.04344631442865036), (True, 1e-4, 0.0656205025745244)]
+)
 def test_golden_optima(rows, l2, expected):
     data = _data(normalise_rows=rows)
     assert optimum(data.pooled().parties[0].train, data.y, Logistic(), l2)[1] == pytest.approx(expected, abs=1e-12)
@@ -46,7 +50,9 @@ def test_lock_step_is_centralised(run, name, more, parties):
     estimator = {"afsgd": "sgd", "afsvrg": "svrg", "afsaga": "saga"}[name]
     job, _ = run(method={"name": name, **more}, train__mode="sync", data={"name": "breast_cancer", "parties": parties}, train__epochs=1.5)
     if more.get("table") == "official":
-        reference, _ = run(method={"name": name, **more}, train__mode="sync", data={"name": "breast_cancer", "parties": 1}, train__epochs=1.5)
+        reference, _ = run(
+            method={"name": name, **more}, train__mode="sync", data={"name": "breast_cancer", "parties": 1}, train__epochs=1.5
+        )
     else:
         reference, _ = run(method={"name": "central", "estimator": estimator, "snapshot": "barrier"}, train__mode="sync", train__epochs=1.5)
     assert np.abs(weights(job) - weights(reference)).max() < 1e-12
@@ -87,15 +93,18 @@ def _steps(method, y, state):
 def test_estimators_are_unbiased_at_any_point_and_table():
     for method, x, y, rng in _estimators():
         if hasattr(method, "refer"):
-            try:
+            with contextlib.suppress(NotImplementedError):
                 method.refer(method.loss.theta(rng.standard_normal(40), y))
-            except NotImplementedError:
-                pass
         state = {k: np.array(v) for k, v in method.state().items()}
         state["weights"] = rng.standard_normal(5)
         gradient = x.T @ method.loss.theta(x @ state["weights"], y) / 40 + 0.01 * state["weights"]
         if getattr(method, "whole", False):  # its mean holds whatever the table holds
-            gradient = x.T @ method.loss.theta(x @ state["weights"], y) / 40 + 0.01 * state["weights"] - state["table"].mean(axis=0) + state["average"]
+            gradient = (
+                x.T @ method.loss.theta(x @ state["weights"], y) / 40
+                + 0.01 * state["weights"]
+                - state["table"].mean(axis=0)
+                + state["average"]
+            )
         assert np.abs(_steps(method, y, state).mean(axis=0) - gradient).max() < 1e-12
 
 
@@ -221,7 +230,9 @@ def test_label_modes(run):
 
 
 def test_several_dominators(run):
-    job, _ = run(method={"name": "vfb2", "estimator": "svrg", "snapshot": "rolling"}, labels=["mean", "worst"], train__epochs=10, train__lr=0.05)
+    job, _ = run(
+        method={"name": "vfb2", "estimator": "svrg", "snapshot": "rolling"}, labels=["mean", "worst"], train__epochs=10, train__lr=0.05
+    )
     assert objective(job) - BC3 < 1e-4
 
 

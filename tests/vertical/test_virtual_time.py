@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from tests.vertical.conftest import BC3, recipe_of, run_through
 from tests.vertical.vertical_sums import objective, weights
-
 from xutrain.engine.context import Context
 from xutrain.engine.meter import BitMeter
 from xutrain.loops import vertical
@@ -145,7 +145,12 @@ def _time_to(target, seed=0, **changes):
 
 
 def test_asynchrony_pays_for_sgd_with_a_straggler():
-    shared = {"data": {"name": "breast_cancer", "parties": 8}, "time": {"slow_party": "party1", "delay": 1.0}, "train__lr": 0.01, "train__epochs": 12}
+    shared = {
+        "data": {"name": "breast_cancer", "parties": 8},
+        "time": {"slow_party": "party1", "delay": 1.0},
+        "train__lr": 0.01,
+        "train__epochs": 12,
+    }
     lock = _time_to(5e-3, train__mode="sync", **shared)
     free = _time_to(5e-3, train__budget="total", **shared)
     assert lock / free > 1.4

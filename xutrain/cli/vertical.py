@@ -1,4 +1,4 @@
-"""``xutrain vertical align|train|predict|audit|doctor``: what a data scientist of one party does. The simulation is ``xutrain vertical --config``."""
+"""``xutrain vertical align|train|predict|audit|doctor``: what one party does. The simulation is ``xutrain vertical --config``."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def predict(
     need_extra()
     recipe = _job(config, overrides)
     from xutrain.data.party_file import load_scoring
-    from xutrain.loops.vertical_party import Scoring
+    from xutrain.loops.vertical_score import Scoring
 
     known = read_model(model, party)
     mine = load_scoring(recipe.data, party, _mine(recipe, party, data), known, rows)

@@ -61,7 +61,9 @@ def tables() -> dict[str, Table]:
     cells = _cells(path.read_bytes(), str(path))
     ids = [f"A{row:04d}" for row in range(1, ROWS + 1)]
     label = ["1" if cell == "bad" else "0" for cell in cells["creditability"]]
-    return {party: Table(path, ids, {c: cells[c] for c in columns}, label if party == "bank" else None) for party, columns in PARTIES.items()}
+    return {
+        party: Table(path, ids, {c: cells[c] for c in columns}, label if party == "bank" else None) for party, columns in PARTIES.items()
+    }
 
 
 def _cells(data: bytes, where: str) -> dict[str, list[str]]:
@@ -72,7 +74,11 @@ def _cells(data: bytes, where: str) -> dict[str, list[str]]:
     return {name: [row[at] for row in rows[1:]] for at, name in enumerate(rows[0])}
 
 
-@dataset("german_credit", verbs=("vertical",), summary="1000 x 20 real loan applications; bank, bureau, registry (xutrain data prepare german_credit)")
+@dataset(
+    "german_credit",
+    verbs=("vertical",),
+    summary="1000 x 20 real loan applications; bank, bureau, registry (xutrain data prepare german_credit)",
+)
 class GermanCredit:
     """y = +1 for a bad loan. The bank holds the labels and, with ``intercept``, a column of ones."""
 

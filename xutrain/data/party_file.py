@@ -1,4 +1,4 @@
-"""One real party's file, read by that party alone: ids, columns, maybe labels; coded and standardised on its training rows. No torch here."""
+"""One real party's file, read by that party alone: ids, columns, maybe labels; standardised on its training rows. No torch here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All parties on one machine as processes of their own, over TLS on loopback; and the checks and attacks of the vertical verb. No torch here."""
+"""All parties on one machine as processes of their own, over TLS on loopback; the checks and attacks of the vertical verb. No torch here."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def simulate(recipe: Any, out: Path, say: Say, *, deadline_s: float = 3600.0) ->
     seconds = time.monotonic() - started
     model = out / holder / f"model.{holder}.json"
     metrics = json.loads(model.read_text(encoding="utf-8")).get("metrics", {}) if model.is_file() else {}
+    codes = {p: code if code >= 0 else 1 for p, code in codes.items()}  # ended by a signal
     worst = max(codes.values(), key=lambda c: (c != 0, c == 1, c))
     return {
         "status": "done" if worst == 0 else "stopped" if worst == 75 else "failed",
@@ -143,7 +144,7 @@ def _wait(running: dict[str, subprocess.Popen[bytes]], deadline_s: float) -> dic
 
 def examine(recipe: Any, party: str, path: Path, folder: Path, seconds: float) -> list[dict[str, Any]]:
     """What ``doctor`` finds: packages, recipe, certificate, file, port, and each other party's reach, job and clock."""
-    from xutrain.loops.vertical_party import job_hash, network_issues
+    from xutrain.loops.vertical_job import job_hash, network_issues
     from xutrain.methods.vertical.transports import identity as identities
     from xutrain.methods.vertical.transports.link import Link
     from xutrain.methods.vertical.transports.wire import Envelope
@@ -271,12 +272,8 @@ def audit(recipe: Any, attack: str, known: int) -> dict[str, Any]:
     if attack != "totals":
         raise UsageError(Issue("--attack", "must be totals, labels or trees", attack))
     others = [p for p in range(len(names)) if p != holder]
-    truth = np.hstack(
-        [
-            np.asarray(data.parties[p].train.toarray() if hasattr(data.parties[p].train, "toarray") else data.parties[p].train)
-            for p in others
-        ]
-    )
+    blocks: list[Any] = [data.parties[p].train for p in others]
+    truth = np.hstack([np.asarray(x.toarray() if hasattr(x, "toarray") else x) for x in blocks])
     width = int(np.linalg.matrix_rank(truth))
     count = known or truth.shape[1] + 5
     if count >= data.n:
@@ -284,10 +281,10 @@ def audit(recipe: Any, attack: str, known: int) -> dict[str, Any]:
     rows_known = np.random.default_rng(recipe.seed).choice(data.n, size=count, replace=False)
     seen = attacks.observed_totals(recipe, data, holder, truth.shape[1] + 5)
     chosen = sorted({1, 2, 4, width // 2, width - 1, width, width + 5} & set(range(1, seen.shape[1] + 1)))
-    rows = [[t, attacks.totals_attack(seen[:, :t], truth, rows_known)] for t in chosen]
+    table: list[list[Any]] = [[t, attacks.totals_attack(seen[:, :t], truth, rows_known)] for t in chosen]
     says = [
         f"{names[holder]} sees totals only (masks do not help), knows {count} customers, and solves for {truth.shape[1]} columns of "
         f"{', '.join(names[p] for p in others)} (rank {width}):",
         "relative error of the others' features for all other customers, by full passes seen (1 = nothing learnt):",
     ]
-    return {"attack": attack, "says": says, "columns": ["passes", "relative error"], "rows": rows}
+    return {"attack": attack, "says": says, "columns": ["passes", "relative error"], "rows": table}

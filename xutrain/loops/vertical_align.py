@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from xutrain.errors import DataError, Failed, Issue
-from xutrain.loops.vertical_party import Say, job_hash
+from xutrain.loops.vertical_job import job_hash
+from xutrain.loops.vertical_party import Say
 from xutrain.methods.vertical.psi import Blinder, split, to_point
 from xutrain.methods.vertical.transports.identity import Identity
 from xutrain.methods.vertical.transports.link import Link
@@ -67,7 +68,7 @@ class Alignment:
             raise Refused(str(reason)) from None
 
     def run(self) -> tuple[list[str], dict[str, int]]:
-        """Common ids in the agreed order, and sizes for the report. Raises DataError where nothing is common, Failed where a party is away."""
+        """Common ids in the agreed order, and sizes. Raises DataError where nothing is common, Failed where a party is away."""
         self.link.start()
         try:
             others = [p for p in self.names if p != self.party]

@@ -6,11 +6,11 @@ stops with a checkpoint from which the same command goes on.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import queue
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from xutrain.data.party_file import PartyData
 from xutrain.data.tabular import PartyBlock, VerticalData
 from xutrain.errors import Diverged, Failed, Issue, RecipeError, Stopped
-from xutrain.methods.vertical.losses import sigmoid
+from xutrain.loops.vertical_job import job_hash, network_issues
 from xutrain.methods.vertical.measure import quality
 from xutrain.methods.vertical.plan import Plan, methods_of
 from xutrain.methods.vertical.seat import Seat
@@ -32,74 +32,6 @@ from xutrain.methods.vertical.transports.wire import Refused
 
 Say = Callable[[str], None]
 TICK_S, PING_S = 0.2, 1.0
-
-
-def job_hash(recipe: Any) -> str:
-    """Hash of what all parties must have in common: everything but local paths, addresses and patience."""
-    value = recipe.model_dump(mode="json", exclude={"log", "checkpoint", "summary", "paper", "smoke", "network", "scale", "eval"})
-    if "files" in value["data"]:
-        value["data"]["files"] = list(value["data"]["files"])
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def network_issues(recipe: Any) -> list[Issue]:
-    """What a simulation may do and real parties may not."""
-    found = []
-    method, train = recipe.method_class, recipe.train
-    several = isinstance(recipe.labels, list) and len(recipe.labels) > 1
-    if method.exchange != "request" or method.pooled:
-        found.append(Issue("method.name", "is a baseline for simulations", recipe.method.name, "method=vfb2"))
-    if recipe.security.mode == "tree":
-        found.append(
-            Issue(
-                "security.mode",
-                "tree sums are for simulations; pairwise masks hide more with fewer messages",
-                "tree",
-                "security.mode=pairwise",
-            )
-        )
-    if several and (train.mode == "sync" or method.passes(recipe.method) == "barrier"):
-        found.append(
-            Issue(
-                "train.mode",
-                "over the network several label holders do not wait for each other",
-                train.mode,
-                "train.mode=async, method.snapshot=rolling",
-            )
-        )
-    if recipe.loss == "softmax":
-        found.append(Issue("loss", "real parties train logistic and ridge models", "softmax", "loss=logistic"))
-    if not isinstance(recipe.labels, list):
-        found.append(Issue("labels", "real parties must be told who holds the labels", recipe.labels, "labels: [bank]"))
-    if not hasattr(recipe.data, "id"):
-        found.append(
-            Issue(
-                "data.name",
-                "real parties read files of their own",
-                recipe.data.name,
-                "data: {name: party_files, files: {...}, id: ..., label: ...}",
-            )
-        )
-    if train.budget == "total" or train.rates == "compensated":
-        found.append(
-            Issue(
-                "train.budget",
-                "shared budgets and compensated rates are for simulations",
-                train.budget,
-                "train.budget=local train.rates=equal",
-            )
-        )
-    missing = [p for p in recipe.party_names if p not in recipe.network.addresses]
-    if missing:
-        found.append(
-            Issue(
-                "network.addresses",
-                f"no address for {', '.join(missing)}",
-                hint="network: {addresses: {bank: host:port, ...}}",
-                has_value=False,
-            )
-        )
-    return found
 
 
 class Process:
@@ -125,7 +57,9 @@ class Process:
         slow = 1.0 + recipe.time.delay * (recipe.time.slow_party == party)
         facts = {"rows": len(data.ids), "order": data.order_hash(recipe.network.run), "columns": data.block.train.shape[1]}
         step_s = recipe.network.step_ms / 1000.0 * slow
-        self.port = PartyPort(plan, self.seat, data.block.test, recipe.security.mode, facts, step_s=step_s)
+        self.port = PartyPort(
+            plan, self.seat, data.block.test, recipe.security.mode, facts, step_s=step_s, go_on=recipe.network.lost == "go_on"
+        )
         out.mkdir(parents=True, exist_ok=True)
         network = recipe.network
         self.port.link = self.link = Link(
@@ -137,16 +71,18 @@ class Process:
         self.pinged = self.saved_at = 0.0
         self.scores: dict[str, float] = {}
         self.signalled = False
+        self.arrived: set[str] = set()
 
     def run(self) -> dict[str, float]:
         """The whole run of this party; returns the final metrics (label holders) or {}."""
-        signal.signal(signal.SIGTERM, self._hear)
-        signal.signal(signal.SIGINT, self._hear)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._hear)
+            signal.signal(signal.SIGINT, self._hear)
         resumed = self._restore()
         self.link.start()
         try:
             self._greet_all()
-            self.say(f"{self.party}: all parties are there" + (f"; goes on from step {self.seat.taken}" if resumed else ""))
+            self.say(f"{self.party}: all parties are there" + (f"; goes on from step {self.steps}" if resumed else ""))
             if self.seat.holds_labels:
                 self._begin(resumed)
                 self._events(lambda: self.seat.taken >= self.plan.steps and not self.port.tells and not self.port.unsent)
@@ -163,6 +99,11 @@ class Process:
             self.link.close()
         self._leave(self.scores)
         return self.scores
+
+    @property
+    def steps(self) -> int:
+        """Writes to this party's block: own steps and applied signals."""
+        return self.seat.taken + self.port.applied
 
     def _begin(self, resumed: bool) -> None:
         if not resumed:
@@ -225,21 +166,15 @@ class Process:
         missing = set(self.port.peers)
         reasons: dict[str, str] = {}
         while missing:
+            if self.signalled:
+                raise self._stop("asked to stop")
+            if time.monotonic() > until:
+                listed = "; ".join(f"{p} ({self.recipe.network.addresses[p]}): {reasons.get(p, 'no answer')}" for p in sorted(missing))
+                what = f"not there within {self.recipe.network.patience_s:g} s: {listed}"
+                raise Failed(Issue("network", what, has_value=False, hint="xutrain vertical doctor"))
             try:
                 what, k, value = self.port.events.get(timeout=TICK_S)
             except queue.Empty:
-                if self.signalled:
-                    raise self._stop("asked to stop") from None
-                if time.monotonic() > until:
-                    listed = "; ".join(f"{p} ({self.recipe.network.addresses[p]}): {reasons.get(p, 'no answer')}" for p in sorted(missing))
-                    raise Failed(
-                        Issue(
-                            "network",
-                            f"not there within {self.recipe.network.patience_s:g} s: {listed}",
-                            has_value=False,
-                            hint="xutrain vertical doctor",
-                        )
-                    ) from None
                 continue
             if what != "greeted":
                 self._happen(what, k, value)
@@ -287,10 +222,17 @@ class Process:
                 continue
             if peer.lost and p not in self.lost_since:
                 self.lost_since[p] = now
-                self.say(f"{self.party}: {p} does not answer ({peer.lost}); waiting up to {patience:g} s")
+                self.say(
+                    f"{self.party}: {p} does not answer ({peer.lost}); "
+                    + ("going on without its share" if self.port.go_on else f"waiting up to {patience:g} s")
+                )
             if peer.lost or now - peer.heard > 2 * PING_S:
                 self.port.greet(p)
-            if p in self.lost_since and now - self.lost_since[p] > patience:
+            enough = (
+                self.port.suffice(sum(not other.lost for other in self.port.peers.values()))
+                and self.plan.names.index(p) not in self.plan.active
+            )
+            if p in self.lost_since and now - self.lost_since[p] > patience and not enough:
                 raise self._stop(f"{p} was away for more than {patience:g} s ({peer.lost})")
         if self.port.stopped:
             raise self._stop(self.port.stopped, tell=False)
@@ -314,7 +256,7 @@ class Process:
         return Stopped(
             Issue(
                 self.party,
-                f"stopped after {self.seat.taken} steps: {reason}",
+                f"stopped after {self.steps} steps: {reason}",
                 hint="the same command goes on from the checkpoint",
                 has_value=False,
             )
@@ -349,7 +291,7 @@ class Process:
             if len(self.data.y_test if self.data.y_test is not None else ()):
                 self.port.evaluate("test")
             wanted = {"train", "test"} if self.data.y_test is not None and len(self.data.y_test) else {"train"}
-            self.arrived: set[str] = set()
+            self.arrived = set()
             self._events(lambda: wanted <= self.arrived)
 
     def _evaluated(self, split: str, summed: np.ndarray) -> None:
@@ -364,7 +306,7 @@ class Process:
         else:
             found["test_loss"] = loss
         self.scores.update(found)
-        getattr(self, "arrived", set()).add(split)
+        self.arrived.add(split)
         line = {"step": self.seat.taken, "seconds": round(time.monotonic() - self.started, 3), **found}
         with (self.out / "history.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -375,10 +317,11 @@ class Process:
         with self.port.block:
             arrays = {f"method.{k}": v for k, v in self.seat.method.state().items()}
             counters = {**self.seat.counters(), "applied": self.port.applied, "done": int(done)}
+        everything: Any = {"job": np.array(job_hash(self.recipe)), **arrays, **{f"count.{k}": np.array(v) for k, v in counters.items()}}
         self.saved_at = self.seat.taken + self.port.applied
         aside = self.out / ".state.npz.aside"
         with aside.open("wb") as file:
-            np.savez(file, job=np.array(job_hash(self.recipe)), **arrays, **{f"count.{k}": np.array(v) for k, v in counters.items()})
+            np.savez(file, **everything)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, self.out / "state.npz")
@@ -415,50 +358,3 @@ class Process:
         }
         (self.out / f"model.{self.party}.json").write_text(json.dumps(model, indent=1) + "\n", encoding="utf-8")
         self.port.ledger.write(self.out / f"ledger.{self.party}.jsonl", self.plan.names.index(self.party), self.plan.names)
-
-
-def write_scores(path: Path, ids: list[str], totals: np.ndarray, loss: str) -> None:
-    """CSV of id and score, and for the logistic loss the probability of the positive class."""
-    lines = ["id,score,probability" if loss == "logistic" else "id,score"]
-    for i, z in zip(ids, totals, strict=True):
-        quoted = '"' + i.replace('"', '""') + '"' if any(c in i for c in ',"\n') else i
-        lines.append(f"{quoted},{z!r},{sigmoid(np.array(z))!r}" if loss == "logistic" else f"{quoted},{z!r}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-class Scoring(Process):
-    """Joint prediction: the same greeting, the same masked sum as an evaluation; only the label holder gets the scores."""
-
-    def __init__(self, recipe: Any, party: str, data: PartyData, identity: Identity, out: Path, say: Say, model: dict[str, Any]) -> None:
-        super().__init__(recipe, party, data, identity, out, say, purpose="predict")
-        self.seat.method.load_state({"weights": np.array(model["weights"])})
-        self.arrived = False
-
-    def run(self) -> dict[str, float]:
-        """Greet, sum once, write ``scores.csv`` at the leader."""
-        self.link.start()
-        try:
-            self._greet_all()
-            if self.seat.party == self.plan.leader:
-                self.port.evaluate("test")
-                self._events(lambda: self.arrived)
-                for p in self.port.peers:
-                    self._tell_done(p)
-            else:
-                self._events(lambda: self.plan.names[self.plan.leader] in self.port.finished)
-        except Refused as reason:
-            raise Failed(Issue(self.party, str(reason), has_value=False)) from None
-        finally:
-            self.link.close()
-        self.port.ledger.write(self.out / f"ledger.predict.{self.party}.jsonl", self.seat.party, self.plan.names)
-        return {"rows": float(len(self.data.test_ids))}
-
-    def _evaluated(self, split: str, summed: np.ndarray) -> None:
-        write_scores(self.out / "scores.csv", self.data.test_ids, summed[:-1], self.recipe.loss)
-        self.arrived = True
-
-    def _save(self, done: bool = False) -> None:
-        self.saved_at = float("inf")
-
-    def _leave(self, scores: dict[str, float]) -> None:
-        pass

@@ -48,7 +48,7 @@ def binomial(order: list[int]) -> Parents:
     """The binomial tree over ``order`` (a permutation of the parties; the first is the root), depth ceil(log2 q)."""
     parents = [-1] * len(order)
     for at in range(1, len(order)):
-        parents[order[at]] = order[at - (1 << (at.bit_length() - 1))]  # clear the highest bit
+        parents[order[at]] = order[at & (at - 1)]  # clear the lowest bit: 1 sends to 0, 3 to 2, 2 to 0, ...
     return parents
 
 

@@ -122,6 +122,8 @@ class Link:
             raise ConnectionError(describe(reason)) from None
         except Refused as reason:
             raise ConnectionError(f"refused reply: {reason}") from None
+        except ValueError as reason:  # the channel was closed meanwhile
+            raise ConnectionError(str(reason)) from None
         return reply
 
     def _sealed(self, e: Envelope) -> bytes:
@@ -153,6 +155,8 @@ class Link:
 def describe(error: Any) -> str:
     """A short reason of a failed call."""
     code = error.code() if callable(getattr(error, "code", None)) else None
-    text = (error.details() or "").splitlines()[0][:200] if callable(getattr(error, "details", None)) and error.details() else ""
+    text = str(error.details() or "").splitlines()[0][:300] if callable(getattr(error, "details", None)) and error.details() else ""
+    if code is grpc.StatusCode.UNAVAILABLE:
+        text = text.split(": ")[-1]  # the rest lists addresses and retries
     name = {grpc.StatusCode.UNAVAILABLE: "unreachable", grpc.StatusCode.DEADLINE_EXCEEDED: "no answer in time"}.get(code, "refused")
     return f"{name}: {text}" if text and name != "no answer in time" else name

@@ -55,12 +55,23 @@ class PartyPort:
         seat: this party's seat. test: this party's test rows. security: "pairwise" or "plain".
         facts: what the others must agree with (row count, hash of the row order) and may know.
         step_s: artificial computing time of one step, for experiments with stragglers.
+        go_on: sum without a lost party while the others suffice to hide each other; its block's share is then missing.
     """
 
-    def __init__(self, plan: Plan, seat: Seat, test: Any, security: str, facts: dict[str, Any], *, step_s: float = 0.0) -> None:
+    def __init__(
+        self, plan: Plan, seat: Seat, test: Any, security: str, facts: dict[str, Any], *, step_s: float = 0.0, go_on: bool = False
+    ) -> None:
         from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-        self.plan, self.seat, self.test, self.security, self.facts, self.step_s = plan, seat, test, security, facts, step_s
+        self.plan, self.seat, self.test, self.security, self.facts, self.step_s, self.go_on = (
+            plan,
+            seat,
+            test,
+            security,
+            facts,
+            step_s,
+            go_on,
+        )
         self.name, self.index = plan.names[seat.party], seat.party
         self._private = X25519PrivateKey.generate()
         self.public = self._private.public_key().public_bytes_raw()
@@ -133,7 +144,8 @@ class PartyPort:
     def _sum(self, wanted: Sum) -> None:
         """Ask all others under a new request number; a retry of the same sum takes another number."""
         self._requests += 1
-        responders = list(self.peers)
+        there = [p for p, peer in self.peers.items() if not peer.lost]
+        responders = there if self.suffice(len(there)) else list(self.peers)
         wanted.replies.clear()
         wanted.e.request, wanted.e.parties, wanted.e.sessions = self._requests, responders, [self.peers[p].session for p in responders]
         self.sums[self._requests] = wanted
@@ -160,7 +172,10 @@ class PartyPort:
             self.events.put(("sent", e.number if e.kind == "tell" else -1, (p, e, reply is not None, reason)))
 
         if self.peers[p].lost:
-            self.unsent.append((p, e))
+            if self.go_on:  # it will go on from its own state when it is back
+                self.events.put(("sent", e.number if e.kind == "tell" else -1, (p, e, True, "")))
+            else:
+                self.unsent.append((p, e))
             return
         self._count(p, part, e.payload_bits(), False)
         self.link.call(p, Envelope(e.kind, number=e.number, rows=e.rows, values=e.values, facts=e.facts), done)
@@ -179,10 +194,10 @@ class PartyPort:
             return
         self.heard(p)
         wanted.replies[p] = reply.values.ravel()
-        if len(wanted.replies) < len(self.peers):
+        if len(wanted.replies) < len(wanted.e.parties):
             return
         del self.sums[request]
-        parts = [wanted.replies[q] for q in self.peers]
+        parts = [wanted.replies[q] for q in wanted.e.parties]
         if any(part.size != wanted.own.size for part in parts):
             raise Refused(f"answers of different length to request {wanted.what} {wanted.number}")
         total = parts[0].copy()
@@ -199,9 +214,11 @@ class PartyPort:
         """An acknowledgement, or the news that a message did not arrive."""
         if not ok:
             self.away(p, reason)
-            self.unsent.append((p, e))
-            return
-        self.heard(p)
+            if not self.go_on:
+                self.unsent.append((p, e))
+                return
+        elif not self.peers[p].lost:
+            self.heard(p)
         if k >= 0:
             self.tells[k] -= 1
             if self.tells[k] == 0:
@@ -214,6 +231,18 @@ class PartyPort:
             self.stopped = f"{p} {reason}"
         if not self.peers[p].lost:
             self.peers[p].lost = reason or "no answer"
+            if self.suffice(sum(not peer.lost for peer in self.peers.values())):
+                self._again()
+
+    def suffice(self, responders: int) -> bool:
+        """Whether sums may go on with so many responders: two of them hide each other."""
+        return self.go_on and responders >= (2 if self.security == "pairwise" else 1)
+
+    def _again(self) -> None:
+        """Ask anew for every sum under way, each under a new request number."""
+        owed, self.sums = list(self.sums.values()), {}
+        for wanted in owed:
+            self._sum(wanted)
 
     def heard(self, p: str) -> None:
         self.peers[p].heard = time.monotonic()
@@ -226,9 +255,7 @@ class PartyPort:
         for _, e in kept:
             self._send(p, e, {"tell": "signal"}.get(e.kind, "reference"))
         if not any(peer.lost for peer in self.peers.values()):
-            owed, self.sums = list(self.sums.values()), {}
-            for wanted in owed:
-                self._sum(wanted)
+            self._again()
 
     def greet(self, p: str) -> None:
         """Exchange session keys and facts with a party; the answer comes as an event."""
@@ -296,7 +323,7 @@ class PartyPort:
         self._seen.accept(e.sender, e.request)
         with self.block:
             value = self._outlook(split) if split else self.seat.method.contribution(rows)
-            flat = value.ravel()
+            flat: NDArray = value.ravel()
             if self.security == "pairwise":
                 responders = [self.plan.names.index(p) for p in e.parties]
                 flat = fixed.encode(flat, self.plan.q) + self.masks.mask(sender, e.request, responders, flat.size)
@@ -313,8 +340,8 @@ class PartyPort:
     def _check_sessions(self, e: Envelope) -> None:
         if self.name not in e.parties or len(set(e.parties)) != len(e.parties) or len(e.parties) != len(e.sessions):
             raise Refused("a request must name each responder once, with its session")
-        if len(e.parties) < self.plan.q - 1:
-            raise Refused(f"only {len(e.parties)} responders: this run sums over all parties")
+        if len(e.parties) < self.plan.q - 1 and not self.suffice(len(e.parties)):
+            raise Refused(f"only {len(e.parties)} responders: this run sums over more parties")
         for p, session in zip(e.parties, e.sessions, strict=True):
             known = self.session if p == self.name else self.peers[p].session if p in self.peers else b""
             if p == e.sender or session != known:

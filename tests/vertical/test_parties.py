@@ -1,0 +1,351 @@
+"""Real parties over TLS on loopback: the same optimum, and nothing that does not fit gets in."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.vertical.conftest import BC3, recipe_of
+
+pytest.importorskip("grpc")
+pytest.importorskip("cryptography")
+
+from xutrain.data.party_file import load_party
+from xutrain.errors import Failed, Stopped, XutrainError
+from xutrain.launch import parties
+from xutrain.loops.vertical_align import Alignment
+from xutrain.loops.vertical_job import job_hash
+from xutrain.loops.vertical_party import Process
+from xutrain.loops.vertical_score import Scoring
+from xutrain.methods.vertical.transports import identity
+from xutrain.methods.vertical.transports.link import Link
+from xutrain.methods.vertical.transports.wire import Envelope, Refused
+from xutrain.recipe.load import from_dict
+
+NAMES = ["mean", "error", "worst"]
+
+
+def job(folder: Path, **changes: Any) -> Any:
+    """A job file's recipe with three parties' CSVs of the breast cancer data and certificates in ``folder``."""
+    tables, options = parties.party_tables(recipe_of())
+    files = {}
+    for p, table in tables.items():
+        files[p] = str(folder / f"{p}.csv")
+        parties._write(Path(files[p]), table, options)
+    if not (folder / "ca.pem").exists():
+        identity.make(folder, NAMES)
+    raw: dict[str, Any] = {
+        "data": {"name": "party_files", "files": files, **options},
+        "method": {"name": "vfb2", "estimator": "svrg"},
+        "labels": ["mean"],
+        "train": {"epochs": 14, "batch_size": 32, "lr": 0.1, "weight_decay": 0.01},
+        "eval": {"every_epochs": 5.0},
+        "network": {"timeout_s": 5.0, "patience_s": 20.0},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        raw[section] = {**raw.get(section, {}), name: value} if name else value
+    ports = parties._free_ports(3)
+    raw["network"]["addresses"] = {p: f"127.0.0.1:{port}" for p, port in zip(NAMES, ports, strict=True)}
+    return from_dict("vertical", raw)
+
+
+def start(recipe: Any, folder: Path, party: str, results: dict[str, Any], say: Any = None) -> tuple[Process, threading.Thread]:
+    mine = load_party(recipe.data, party, Path(recipe.data.files[party]))
+    process = Process(recipe, party, mine, identity.load(folder, party), folder / "out" / party, say or (lambda text: None))
+
+    def go() -> None:
+        try:
+            results[party] = process.run()
+        except XutrainError as error:
+            results[party] = error
+
+    thread = threading.Thread(target=go, daemon=True)
+    thread.start()
+    return process, thread
+
+
+def run_all(recipe: Any, folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    threads = [start(recipe, folder, p, results)[1] for p in NAMES]
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return results
+
+
+def test_three_parties_reach_the_optimum_and_predict(tmp_path):
+    recipe = job(tmp_path, train__epochs=45, train__lr=0.8, train__batch_size=64)
+    results = run_all(recipe, tmp_path)
+    assert results["mean"]["train_objective"] == pytest.approx(BC3, abs=1e-5)
+    assert results["mean"]["train_auc"] == pytest.approx(0.99670, abs=1e-3)
+    models = {p: json.loads((tmp_path / "out" / p / f"model.{p}.json").read_text()) for p in NAMES}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "error" / "ledger.error.jsonl").read_text().splitlines()]
+    assert {line["to"] for line in lines} == {"mean"}
+    assert all(line["masked"] for line in lines)
+    steps = 45 * (569 // 64)
+    product = next(line for line in lines if line["kind"] == "product")
+    assert (product["messages"], product["bytes"]) == (steps, steps * 64 * 8)
+
+    from xutrain.data.party_file import load_scoring
+
+    again = recipe.model_copy(update={"network": job(tmp_path).network})
+    results = {}
+    threads = []
+    for p in NAMES:
+        mine = load_scoring(again.data, p, Path(again.data.files[p]), models[p])
+        scoring = Scoring(again, p, mine, identity.load(tmp_path, p), tmp_path / "scores" / p, lambda text: None, models[p])
+        threads.append(threading.Thread(target=lambda s=scoring, p=p: results.update({p: s.run()}), daemon=True))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    scores = [line.split(",") for line in (tmp_path / "scores" / "mean" / "scores.csv").read_text().splitlines()[1:]]
+    assert not (tmp_path / "scores" / "error" / "scores.csv").exists()
+    blocks = [load_party(recipe.data, p, Path(recipe.data.files[p])).block.train @ np.array(models[p]["weights"]) for p in NAMES]
+    assert np.abs(np.array([float(s[1]) for s in scores]) - sum(blocks)).max() < 1e-8
+
+
+@pytest.mark.parametrize(("estimator", "mode"), [("sgd", "async"), ("saga", "sync")])
+def test_other_estimators_and_lock_step(tmp_path, estimator, mode):
+    recipe = job(tmp_path, method={"name": "vfb2", "estimator": estimator}, train__mode=mode, train__epochs=3)
+    results = run_all(recipe, tmp_path)
+    assert results["mean"]["train_auc"] > 0.98
+    if mode == "sync":
+        from tests.vertical.conftest import run_through
+        from tests.vertical.vertical_sums import objective
+
+        same = recipe.model_dump(exclude={"network", "data"}) | {"data": {"name": "breast_cancer"}}
+        alone = run_through(from_dict("vertical", {k: v for k, v in same.items() if v is not None}))
+        assert results["mean"]["train_objective"] == pytest.approx(objective(alone), abs=1e-7)
+
+
+def test_an_absent_party_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_path):
+    recipe = job(tmp_path, train__epochs=30, train__lr=0.4, network__patience_s=2.0, network__timeout_s=1.0, checkpoint={"every": 20})
+    said: list[str] = []
+    results: dict[str, Any] = {}
+    started = {p: start(recipe, tmp_path, p, results, said.append) for p in NAMES}
+    while started["mean"][0].seat.taken < 100:
+        time.sleep(0.02)
+    gone = started["worst"][0]
+    gone.link.close()  # the port falls silent; its own run stops too
+    gone.signalled = True
+    for _, thread in started.values():
+        thread.join(30)
+        assert not thread.is_alive()
+    assert any("worst does not answer" in text for text in said)
+    assert all(isinstance(r, Stopped) and r.exit_code == 75 for r in results.values()), results
+    assert "worst" in str(results["mean"])
+    results = run_all(recipe, tmp_path)
+    assert results["mean"]["train_objective"] == pytest.approx(BC3, abs=1e-3)
+
+
+def test_a_missing_party_ends_the_wait_with_its_name(tmp_path):
+    recipe = job(tmp_path, network__patience_s=1.0)
+    results: dict[str, Any] = {}
+    threads = [start(recipe, tmp_path, p, results)[1] for p in ("mean", "error")]
+    for thread in threads:
+        thread.join(15)
+    assert isinstance(results["mean"], Failed)
+    assert "worst" in str(results["mean"])
+
+
+def test_another_recipe_is_refused_and_named(tmp_path):
+    recipe = job(tmp_path, network__patience_s=5.0)
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"lr": 0.2})})
+    assert job_hash(recipe) != job_hash(other)
+    results: dict[str, Any] = {}
+    threads = [start(r, tmp_path, p, results)[1] for p, r in (("mean", recipe), ("error", recipe), ("worst", other))]
+    for thread in threads:
+        thread.join(15)
+    assert "another recipe" in str(results["worst"]) or "another recipe" in str(results["mean"])
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A waiting party "error" with sessions of all peers, and a bare link of "mean"."""
+    recipe = job(tmp_path)
+    mine = load_party(recipe.data, "error", Path(recipe.data.files["error"]))
+    process = Process(recipe, "error", mine, identity.load(tmp_path, "error"), tmp_path / "out" / "error", lambda text: None)
+    process.link.start()
+    addresses = recipe.network.addresses
+    sender = Link(identity.load(tmp_path, "mean"), addresses, "run", process.link.recipe, lambda e: e, refused=lambda a, b: None)
+    yield process, sender, tmp_path, addresses
+    process.link.close(0)
+    sender.close(0)
+
+
+def greet(process: Process, sender: Link) -> list[bytes]:
+    """Sessions of mean and worst at the party; returns what a request must name."""
+    facts = {"rows": process.port.facts["rows"], "order": process.port.facts["order"]}
+    sender.ask("error", Envelope("hello", sessions=[b"m" * 8, process.port.public], facts=facts))
+    hello = Envelope("hello", sender="worst", sessions=[b"w" * 8, process.port.public], facts=facts)
+    process.port.handle(hello)
+    return [process.port.session, b"w" * 8]
+
+
+def untouched(process: Process) -> bool:
+    return not process.seat.method.weights.any() and process.port.applied == 0
+
+
+def test_requests_that_do_not_fit_are_refused_and_change_nothing(pair):
+    process, sender, folder, _ = pair
+    rows, values = np.arange(4, dtype=np.uint32), np.ones(4)
+    with pytest.raises(ConnectionError, match="not greeted"):
+        sender.ask("error", Envelope("tell", rows=rows, values=values))
+    with pytest.raises(ConnectionError, match="order of the ids"):
+        sender.ask("error", Envelope("hello", sessions=[b"m" * 8, process.port.public], facts={"rows": 569, "order": "x"}))
+    sessions = greet(process, sender)
+    both = ["error", "worst"]
+    bad = [
+        Envelope("tell", rows=np.array([569], dtype=np.uint32), values=np.ones(1)),
+        Envelope("tell", rows=rows, values=np.ones(5)),
+        Envelope("tell", rows=rows, values=np.ones(4, dtype=np.uint64)),
+        Envelope("tell", rows=rows),
+        Envelope("refer", values=np.ones(3)),
+        Envelope("ask", rows=rows, request=1, parties=["error"], sessions=sessions[:1]),
+        Envelope("ask", rows=rows, request=2, parties=both, sessions=[sessions[0], b"x" * 8]),
+        Envelope("ask", rows=rows, request=3, parties=[*both, "mean"], sessions=[*sessions, b"m" * 8]),
+        Envelope("ask", rows=np.zeros(0, dtype=np.uint32), request=4, parties=both, sessions=sessions),
+        Envelope("evaluate", request=5, parties=both, sessions=sessions, facts={"split": "all"}),
+        Envelope("blind", values=np.ones(4, dtype=np.uint64)),
+    ]
+    for e in bad:
+        with pytest.raises(ConnectionError, match="refused"):
+            sender.ask("error", e)
+    assert untouched(process)
+    good = Envelope("ask", rows=rows, request=6, parties=both, sessions=sessions)
+    assert sender.ask("error", good).values.dtype == np.uint64
+    with pytest.raises(ConnectionError, match="replayed"):  # a request number masks once
+        sender.ask("error", Envelope("ask", rows=rows, request=6, parties=both, sessions=sessions))
+    assert len((folder / "out" / "error" / "refused.jsonl").read_text().splitlines()) == len(bad) + 3
+
+
+def test_a_party_without_labels_may_not_ask(pair):
+    process, sender, _, _ = pair
+    sessions = greet(process, sender)
+    with pytest.raises(Refused, match="may not ask"):
+        process.port.handle(Envelope("ask", sender="worst", rows=np.arange(2, dtype=np.uint32), parties=["error"], sessions=sessions[:1]))
+
+
+def test_replayed_oversized_and_garbled_bytes_are_refused(pair):
+    import grpc
+
+    process, sender, folder, addresses = pair
+    greet(process, sender)
+    data = sender._sealed(Envelope("tell", rows=np.arange(2, dtype=np.uint32), values=np.zeros(2)))
+    send = sender._send["error"]
+    send(data, timeout=5)
+    for wrong in (data, data[:-7], b"", b"\xff" * 50, data.replace(b"mean", b"erro")):
+        with pytest.raises(grpc.RpcError):
+            send(wrong, timeout=5)
+    assert not process.seat.method.weights.any()
+    assert process.port.applied == 1
+    big = Link(
+        identity.load(folder, "mean"),
+        addresses,
+        "run",
+        process.link.recipe,
+        lambda e: e,
+        refused=lambda a, b: None,
+        max_bytes=1 << 30,
+        listen="127.0.0.1:0",
+    )
+    with pytest.raises(ConnectionError):
+        big.ask("error", Envelope("refer", values=np.zeros(9 << 20)), timeout_s=20)
+    big.close(0)
+    assert process.port.applied == 1
+
+
+def test_fuzzed_messages_raise_nothing_but_refusals(pair):
+    process, sender, _, _ = pair
+    greet(process, sender)
+    rng = np.random.default_rng(0)
+    from xutrain.methods.vertical.transports.wire import KINDS, pack, unpack
+
+    base = [
+        pack(
+            Envelope(
+                kind,
+                sender="mean",
+                counter=9,
+                rows=np.arange(3, dtype=np.uint32),
+                values=np.ones(3),
+                parties=["error"],
+                sessions=[b"1" * 8],
+            )
+        )
+        for kind in KINDS
+    ]
+    before = process.seat.method.state()["weights"].copy()
+    passed = 0
+    for k in range(3000):
+        data = bytearray(base[k % len(base)])
+        for _ in range(rng.integers(1, 6)):
+            data[rng.integers(len(data))] = rng.integers(256)
+        try:
+            e = unpack(bytes(data))
+            passed += 1
+            if e.kind in ("stop", "done", "tell", "refer", "hello"):
+                continue  # whole and well formed: legitimate from this sender
+            e.sender = "mean"
+            process.port.handle(e)
+        except Refused:
+            continue
+    assert passed > 0
+    assert np.array_equal(before, process.seat.method.state()["weights"])
+
+
+def test_a_certificate_of_another_authority_or_of_another_party_is_refused(pair):
+    process, sender, folder, addresses = pair
+    stranger = folder / "stranger"
+    identity.make(stranger, NAMES)
+    link = Link(
+        identity.load(stranger, "mean"), addresses, "run", process.link.recipe, lambda e: e, refused=lambda a, b: None, listen="127.0.0.1:0"
+    )
+    with pytest.raises(ConnectionError, match="unreachable"):
+        link.ask("error", Envelope("ping"), timeout_s=3)
+    link.close(0)
+    sender.party = "worst"  # mean's certificate, worst's name
+    with pytest.raises(ConnectionError, match="certificate"):
+        sender.ask("error", Envelope("ping"))
+    assert untouched(process)
+
+
+def test_alignment_finds_the_common_ids_in_one_order(tmp_path):
+    recipe = job(tmp_path)
+    lists = {"mean": ["a", "b", "c", "d"], "error": ["d", "x", "b", "a"], "worst": ["b", "q", "a", "d", "z"]}
+    found: dict[str, Any] = {}
+
+    def go(p: str) -> None:
+        found[p] = Alignment(recipe, p, lists[p], identity.load(tmp_path, p), lambda text: None).run()
+
+    threads = [threading.Thread(target=go, args=(p,), daemon=True) for p in NAMES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(found["mean"][0]) == ["a", "b", "d"]
+    assert found["mean"][0] == found["error"][0] == found["worst"][0]
+    assert found["worst"][1]["dropped"] == 2
+
+
+def test_doctor_names_what_is_missing(tmp_path):
+    recipe = job(tmp_path)
+    found = parties.examine(recipe, "mean", Path(recipe.data.files["mean"]), tmp_path, 0.5)
+    by_name = {f["check"]: f["ok"] for f in found}
+    assert by_name["job"] and by_name["file"] and by_name["certificate"] and by_name["port"]
+    assert not by_name["reach error"]
+    taken = socket.socket()
+    host, port = recipe.network.addresses["mean"].split(":")
+    taken.bind((host, int(port)))
+    taken.listen()
+    assert not parties.examine(recipe, "mean", Path(recipe.data.files["mean"]), tmp_path, 0.2)[-1]["ok"]
+    taken.close()

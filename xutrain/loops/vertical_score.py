@@ -1,0 +1,61 @@
+"""``xutrain vertical predict``: one party's part in scoring new rows together. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xutrain.data.party_file import PartyData
+from xutrain.errors import Failed, Issue
+from xutrain.loops.vertical_party import Process, Say
+from xutrain.methods.vertical.losses import sigmoid
+from xutrain.methods.vertical.transports.identity import Identity
+from xutrain.methods.vertical.transports.wire import Refused
+
+
+def write_scores(path: Path, ids: list[str], totals: np.ndarray, loss: str) -> None:
+    """CSV of id and score, and for the logistic loss the probability of the positive class."""
+    lines = ["id,score,probability" if loss == "logistic" else "id,score"]
+    for i, z in zip(ids, totals, strict=True):
+        quoted = '"' + i.replace('"', '""') + '"' if any(c in i for c in ',"\n') else i
+        lines.append(f"{quoted},{float(z)!r},{float(sigmoid(np.array(z)))!r}" if loss == "logistic" else f"{quoted},{float(z)!r}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+class Scoring(Process):
+    """Joint prediction: the same greeting, the same masked sum as an evaluation; only the label holder gets the scores."""
+
+    def __init__(self, recipe: Any, party: str, data: PartyData, identity: Identity, out: Path, say: Say, model: dict[str, Any]) -> None:
+        super().__init__(recipe, party, data, identity, out, say, purpose="predict")
+        self.seat.method.load_state({"weights": np.array(model["weights"])})
+
+    def run(self) -> dict[str, float]:
+        """Greet, sum once, write ``scores.csv`` at the leader."""
+        self.link.start()
+        try:
+            self._greet_all()
+            if self.seat.party == self.plan.leader:
+                self.port.evaluate("test")
+                self._events(lambda: "test" in self.arrived)
+                for p in self.port.peers:
+                    self._tell_done(p)
+            else:
+                self._events(lambda: self.plan.names[self.plan.leader] in self.port.finished)
+        except Refused as reason:
+            raise Failed(Issue(self.party, str(reason), has_value=False)) from None
+        finally:
+            self.link.close()
+        self.port.ledger.write(self.out / f"ledger.predict.{self.party}.jsonl", self.seat.party, self.plan.names)
+        return {"rows": float(len(self.data.test_ids))}
+
+    def _evaluated(self, split: str, summed: np.ndarray) -> None:
+        write_scores(self.out / "scores.csv", self.data.test_ids, summed[:-1], self.recipe.loss)
+        self.arrived.add(split)
+
+    def _save(self, done: bool = False) -> None:
+        self.saved_at = float("inf")
+
+    def _leave(self, scores: dict[str, float]) -> None:
+        pass
