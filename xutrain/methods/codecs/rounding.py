@@ -62,8 +62,8 @@ def round_randomly(rows: Tensor, levels: Tensor, draws: Draws, out: Tensor) -> N
 
     A value in [b_k, b_k+1] becomes k+1 with probability (v - b_k) / (b_k+1 - b_k); values beyond the outer levels are clipped
     to them. The symbol is the number of cells k with ``v - b_k > u (b_k+1 - b_k)``: true for every cell below the value, false
-    for every cell above it, and at a level itself false, because u < 1 and the difference is the same float. Of equal levels
-    the first is taken.
+    for every cell above it, and at a level itself false, because u < 1 and the difference is the same float (widths below
+    1e-37 lose that to subnormal products). Of equal levels the first is taken.
     """
     if levels.numel() and float(levels.abs().amax()) > _HUGE:
         rows, levels = rows * 0.25, levels * 0.25
