@@ -81,7 +81,8 @@ class Train(Options):
         if self.epochs is None and self.steps is None:
             return [Issue(where, "says neither epochs nor steps", hint=f"set {where}.epochs=10 or {where}.steps=1000", has_value=False)]
         if self.batch_size % self.accumulate:
-            return [Issue(f"{where}.accumulate", f"does not divide {where}.batch_size={self.batch_size}", self.accumulate)]
+            hint = f"{where}.batch_size={-(-self.batch_size // self.accumulate) * self.accumulate}, or a divisor of {self.batch_size}"
+            return [Issue(f"{where}.accumulate", f"does not divide {where}.batch_size={self.batch_size}", self.accumulate, hint)]
         return []
 
 
