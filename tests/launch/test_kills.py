@@ -1,0 +1,73 @@
+"""kill -9 at random moments, for every verb: the run goes on from its last checkpoint and ends with the same bytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_spec = importlib.util.spec_from_file_location("shared_conftest", Path(__file__).parents[1] / "conftest.py")
+assert _spec and _spec.loader
+_shared: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_shared)
+weights, values = _shared.weights, _shared.values
+
+#: verb/recipe and overrides that make a run of about a second with a checkpoint at every step
+RUNS = {
+    "quantize/orq": ["train.steps=30", "checkpoint.every=1", "eval.every=5", "log.every=1", "model.hidden=[16]"],
+    "sparsify/def": ["train.steps=30", "checkpoint.every=1", "eval.every=5", "log.every=1", "model.hidden=[16]"],
+    "federate/domo": ["checkpoint.every=1"],
+    "pipeline/dsp": ["checkpoint.every=2"],
+    "vertical/afsgd": ["checkpoint.every=200"],
+    "pretrain/dsm": ["checkpoint.every=2", "log.every=1"],
+}
+
+
+def _start(folder: Path) -> int:
+    from xutrain.worker import execute
+
+    return execute(folder)
+
+
+def _kill_after(folder: Path, seconds: float) -> bool:
+    """Run in a forked process and kill it after ``seconds``; whether it was still running."""
+    child = multiprocessing.get_context("fork").Process(target=_start, args=(folder,), daemon=True)
+    child.start()
+    child.join(seconds)
+    alive = child.is_alive()
+    if alive:
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    return alive
+
+
+@pytest.mark.parametrize("recipe", list(RUNS))
+def test_killed_and_resumed_is_the_same_run(trained: Callable[..., Path], runs: Path, recipe: str) -> None:
+    from xutrain.launch.plan import plan
+    from xutrain.recipe.load import load
+
+    over = RUNS[recipe]
+    loaded = load(recipe, None, over, smoke=True)
+    whole, timed, cut = (plan(loaded, out=runs / name, verbosity=-1) for name in ("whole", "timed", "cut"))
+    for first in (whole, timed):  # the second is timed: modules are imported by then
+        first.write()
+        began = time.monotonic()
+        assert _start(first.folder) == 0
+        lasted = time.monotonic() - began
+    cut.write()
+    moments = random.Random(recipe)
+    killed = sum(_kill_after(cut.folder, moments.uniform(0.1, 0.9) * lasted) for _ in range(4))
+    assert killed > 0
+    assert _start(cut.folder) == 0
+    assert weights(cut.folder) == weights(whole.folder)
+    assert values(cut.folder) == values(whole.folder)
+    assert not list((cut.folder / "checkpoints").glob(".*.aside*"))
