@@ -19,7 +19,7 @@ VECTORS = st.one_of(
     hnp.arrays(np.float32, st.integers(1, 60), elements=FINITE),
     hnp.arrays(np.float32, st.integers(1, 60), elements=st.sampled_from([-4.0, -1.0, 0.0, 0.5, 1.0, 1.0, 7.0])),
 ).map(torch.from_numpy)
-FEW = settings(max_examples=120, deadline=None)
+FEW = settings(max_examples=60, deadline=None)
 
 
 def make(name: str, **options: Any) -> Any:
@@ -58,8 +58,8 @@ def test_invariances(v: torch.Tensor, a: float, shuffle: Any) -> None:
         levels = codec.levels(v)
         assert torch.allclose(codec.levels(v * a), levels * a, rtol=1e-6, atol=0)  # scaling by a power of two is exact
         assert torch.allclose(codec.levels(v[order]), levels, rtol=1e-5, atol=1e-7 * float(v.abs().max()))
-    orq = make("orq", levels=5)
-    assert abs(orq.expected_error(-v) - orq.expected_error(v)) <= slack(v) + 0.5 * orq.expected_error(v)
+    orq = make("orq", levels=3)  # with more levels, which of two equally good ones is taken changes those below it
+    assert abs(orq.expected_error(-v) - orq.expected_error(v)) <= slack(v)
     assert torch.equal(make("bingrad_pb").levels(-v), make("bingrad_pb").levels(v))
 
 
@@ -97,7 +97,7 @@ def test_decoded_values_are_neighbouring_levels(v: torch.Tensor, bucket: int, se
             assert y in (max(b for b in row if b <= w), min(b for b in row if b >= w))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(VECTORS)
 def test_contractive_on_any_vector(v: torch.Tensor) -> None:
     norm = float(v.double().square().sum())
