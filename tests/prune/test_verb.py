@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +70,17 @@ def test_outlier_model_is_the_same_function_and_wanda_does_not_mind(shared: Path
 
 
 def test_stop_and_resume_in_pruning_and_in_distillation(tmp_path: Path, shared: Path) -> None:
-    import shutil
-
-    shutil.copytree(shared / "prune" / ".models", tmp_path / "prune" / ".models")
-    whole = go(tmp_path / "whole", config="distill")
-    for at in (1, 4):
-        loaded = load("distill", "prune", (), smoke=True)
-        job = plan(loaded, out=tmp_path / "parts", verbosity=-1)
-        job.folder.mkdir(parents=True, exist_ok=True)
+    whole = go(shared, config="distill")
+    for at in (1, 4):  # inside the pruning; inside the distillation
+        out = tmp_path / str(at)
+        shutil.copytree(shared / "prune" / ".models", out / "prune" / ".models")
+        job = plan(load("distill", "prune", (), smoke=True), out=out, verbosity=-1)
+        job.folder.mkdir(parents=True)
         (job.folder / "STOP").write_text(str(at))
         assert launch(job)["exit_code"] == 75
-        (job.folder / "STOP").unlink(missing_ok=True)
-    parts = go(tmp_path / "parts", config="distill")
-    assert digest(Path(parts["run"]) / "distilled") == digest(Path(whole["run"]) / "distilled")
-    assert parts["metrics"] == whole["metrics"]
+        parts = go(out, config="distill")
+        assert digest(Path(parts["run"]) / "distilled") == digest(Path(whole["run"]) / "distilled")
+        assert parts["metrics"] == whole["metrics"]
 
 
 def test_missing_files_are_named() -> None:

@@ -117,7 +117,8 @@ def with_outliers(state: dict[str, Tensor], arch: Architecture, key: Key) -> dic
     for layer in range(arch.layers):
         generator = key.fold(step=layer).generator()
         c = torch.randn(arch.hidden, generator=generator).exp()
-        state[f"{arch.layer_prefix(layer)}post_attention_layernorm.weight"] = state[f"{arch.layer_prefix(layer)}post_attention_layernorm.weight"] * c
+        gain = f"{arch.layer_prefix(layer)}post_attention_layernorm.weight"
+        state[gain] = state[gain] * c
         state[arch.router_name(layer)] = state[arch.router_name(layer)] / c
         for e in range(arch.experts):
             u = torch.randn(arch.ffn, generator=generator).exp()
