@@ -7,6 +7,7 @@ a peer looks for the first fault of the others and reports that, with its own pl
 from __future__ import annotations
 
 import os
+import re
 import time
 import traceback
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from xutrain.engine.record import read_json
 from xutrain.errors import Failed, Issue, XutrainError
 
 _LOST = ("Connection", "connection", "closed by peer", "reset by peer", "Broken pipe", "timeout", "Timed out", "NCCL")
+_PLACE = re.compile(
+    r"stages? [\d-]+ \(rank (?P<rank>\d+)\), iteration (?P<iteration>\d+): (?P<text>.*?)(; stage \d+ \(rank \d+\) waited .*)?$"
+)
 
 
 class Pulse:
@@ -55,9 +59,9 @@ class Pulse:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
         if not isinstance(value, Exception) or isinstance(value, XutrainError):
-            return
+            self.close()
+            return  # after a fault the pulse stays open, so that others see who still lives
         if isinstance(value, PeerLost) or (
             self.processes > 1 and isinstance(value, RuntimeError) and any(word in str(value) for word in _LOST)
         ):
@@ -82,7 +86,7 @@ class Pulse:
     def lost(self, reason: BaseException) -> Failed:
         """The fault of this process that follows from another's."""
         what = f"waited for {reason.what}" if isinstance(reason, PeerLost) else "waited for the other stages"
-        cause = self._cause()
+        cause = self._cause(reason.peer if isinstance(reason, PeerLost) else None)
         if cause is None:
             return Failed(Issue(self.place(self.rank, self.iteration), f"{what}: {reason}", has_value=False))
         rank, iteration, text = cause
@@ -91,7 +95,7 @@ class Pulse:
             Issue(self.place(rank, iteration), message, has_value=False, hint="the same command goes on from the last checkpoint")
         )
 
-    def _cause(self) -> tuple[int, int, str] | None:
+    def _cause(self, peer: int | None) -> tuple[int, int, str] | None:
         """(rank, iteration, text) of the first process that stopped; waits a moment for it to write its reason."""
         deadline = time.monotonic() + 1.0
         while True:
@@ -101,17 +105,22 @@ class Pulse:
             time.sleep(0.05)
         if found:
             _, rank, text = found[0]
+            told = _PLACE.match(text)  # the fault of one that lost a peer itself: go on to that peer
+            if told:
+                return int(told["rank"]), int(told["iteration"]), told["text"]
             return rank, self._iteration_of(rank), text
         dead = [r for r in range(self.processes) if r != self.rank and not self._alive(r)]
-        return (dead[0], self._iteration_of(dead[0]), "the process ended without a word (killed?)") if dead else None
+        if not dead:
+            return None
+        first = peer if peer in dead else min(dead, key=lambda r: self._path(r).stat().st_mtime)
+        return first, self._iteration_of(first), "the process ended without a word (killed?)"
 
     def _faults(self) -> Iterator[tuple[float, int, str]]:
         for rank in range(self.processes):
             fault = read_json(self.logs / f"fault-{rank}.json")
             if rank != self.rank and float(fault.get("time", 0)) >= self.started:
                 lines = [str(line).removeprefix("error: ") for line in fault.get("error", [])]
-                place = f"{self.place(rank, self._iteration_of(rank))}: "
-                yield float(fault["time"]), rank, lines[0].removeprefix(place) if lines else "failed"
+                yield float(fault["time"]), rank, lines[0] if lines else "failed"
 
     def _iteration_of(self, rank: int) -> int:
         try:
