@@ -35,7 +35,8 @@ def table(columns: list[str], rows: list[list[Any]], title: str | None = None, *
         view.add_column(column, no_wrap=not wrap)
     for row in rows:
         view.add_row(*(show(v) for v in row))
-    out.print(view, width=None if wrap else max(out.width, 400), crop=wrap, no_wrap=not wrap)
+    page = out if wrap else Console(width=max(out.width, 400), soft_wrap=True, highlight=False)
+    page.print(view)
 
 
 def show(value: Any) -> str:

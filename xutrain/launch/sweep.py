@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -21,7 +21,7 @@ from xutrain.errors import Issue, RecipeError, XutrainError
 from xutrain.launch.plan import RunPlan, plan
 from xutrain.launch.run import launch
 from xutrain.launch.torchrun import die_with_parent
-from xutrain.recipe.load import load
+from xutrain.recipe.load import Loaded, load
 from xutrain.report.suite import Cell, Table
 
 Tell = Callable[[str], None]
@@ -48,15 +48,20 @@ def prepare(table: Table, *, out: Path, nproc: int = 1, fresh: bool = False, lau
     """The runs of a suite, first seeds first; validates every cell. Raises RecipeError with the faults of all cells."""
     jobs: list[Job] = []
     wrong: dict[tuple[str, str], Issue] = {}
+    ready: dict[str, Loaded] = {}
+    for cell in table.cells:
+        try:
+            ready[cell.key] = load(cell.recipe, None, cell.overrides, smoke=table.smoke)
+        except RecipeError as error:
+            for issue in error.issues:
+                where = f"suite {table.name}, {cell.key}: {issue.where}"
+                wrong[issue.where, issue.what] = Issue(where, issue.what, issue.value, issue.hint, issue.has_value)
     for seed in table.seeds:
         for cell in table.cells:
-            try:
-                loaded = load(cell.recipe, None, cell.overrides, smoke=table.smoke, seed=seed)
-                jobs.append(Job(cell, seed, plan(loaded, out=out, nproc=nproc, fresh=fresh, launcher=launcher, verbosity=-1)))
-            except RecipeError as error:
-                for issue in error.issues:
-                    where = f"suite {table.name}, {cell.key}: {issue.where}"
-                    wrong[issue.where, issue.what] = Issue(where, issue.what, issue.value, issue.hint, issue.has_value)
+            if cell.key in ready:
+                loaded = ready[cell.key]
+                seeded = replace(loaded, recipe=loaded.recipe.model_copy(update={"seed": seed}))
+                jobs.append(Job(cell, seed, plan(seeded, out=out, nproc=nproc, fresh=fresh, launcher=launcher, verbosity=-1)))
     if wrong:
         raise RecipeError(*wrong.values())
     return jobs

@@ -128,7 +128,4 @@ def set_key(raw: dict[str, Any], dotted: str, value: Any) -> None:
         here = below
     if last == "name" and parents and isinstance(here.get("name"), str) and here["name"] != value:
         here.clear()
-    if isinstance(here.get(last), dict) and isinstance(value, dict):
-        here[last] = catalog.lay_over(here[last], value)
-    else:
-        here[last] = value
+    here[last] = catalog.lay_over({last: here[last]}, {last: value})[last] if last in here else value  # another name starts afresh

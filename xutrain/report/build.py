@@ -107,7 +107,8 @@ def _cell(row: str, column: str, table: Table, group: list[Run], recipe: tuple[s
     done = [r for r in group if r.status == "done"]
     bad = sorted({r.status for r in group} - {"done"})
     names = sorted({n for r in done for n in {**r.metrics, **r.bits}})
-    numbers = {n: _spread([v for r in done if (v := {**r.metrics, **r.bits}.get(n)) is not None]) for n in names}
+    names += [n for n in (table.suite.metric, *table.suite.show) if ":" in n]
+    numbers = {n: _spread(known) for n in names if (known := [v for r in done if (v := claims.value(r, n)) is not None])}
     said = _published(row, column, table, papers)
     missing = sorted({*table.seeds} - {r.seed for r in done})
     return {

@@ -48,7 +48,9 @@ def signed(value: float | None) -> str:
 
 
 def words(name: str) -> str:
-    return name.replace("_", " ")
+    """A metric's name as a reader says it."""
+    kind, colon, rest = name.partition(":")
+    return f"{rest.replace('_', ' ')}, mean over the run" if colon and kind == "curve_mean" else name.replace("_", " ")
 
 
 def verdict(text: str) -> str:

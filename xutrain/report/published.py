@@ -57,7 +57,7 @@ class Claim(Options):
     left: Side
     op: Literal[">=", "<=", ">", "<", "=="]
     right: Side | float | int
-    margin: float = Field(0.0, ge=0, description="how far the wrong way still holds; for == how far apart")
+    margin: float = Field(0.0, description="how far the wrong way still holds; negative: how far the right way it must go; for == how far apart")
     sigma: float = Field(0.0, ge=0, description="standard errors of the paired difference that a strict ordering needs")
     must_hold: list[Literal["cpu", "paper"]] = Field(description="scales at which `report --check` fails without it")
     note: str = ""
