@@ -66,7 +66,7 @@ def print_result(summary: dict[str, Any]) -> None:
         names = list(summary["mean"])
         rows = [[n, f"{summary['mean'][n]:.4g} ± {summary['std'][n]:.2g}", *(r["metrics"].get(n) for r in runs)] for n in names]
         table(["metric", f"mean ± std (n={len(runs)})", *(f"seed {r['seed']}" for r in runs)], rows)
-    else:
+    elif first["metrics"]:
         table(["metric", "value"], [[n, v] for n, v in first["metrics"].items()])
     for run in runs:
         out.print(

@@ -42,7 +42,7 @@ def launch(plan: RunPlan) -> dict[str, Any]:
         plan.write()
         for old in (plan.folder / "logs").glob("fault-*.json"):
             old.unlink()
-        if state.get("status") == "stopped":
+        if state:  # a request to stop was meant for the start before this one
             with contextlib.suppress(FileNotFoundError):
                 (plan.folder / "STOP").unlink()
         code = _start(plan)
@@ -59,10 +59,7 @@ def _start(plan: RunPlan) -> int:
 
 def collect(plan: RunPlan, code: int) -> dict[str, Any]:
     """The result of a run that has just ended, from its folder; settles state.json where a process died without a word."""
-    state = read_json(plan.folder / "state.json")
-    if state.get("status") in ("running", "queued", None) or (code != 0 and state.get("status") == "done"):
-        state = {**state, **_cause(plan.folder, code), "updated": time.time()}
-        write_json(plan.folder / "state.json", state)
+    state = settle(plan.folder, code)
     if state["status"] == "done":
         return {**state["result"], "exit_code": 0}
     lines = list(read_metrics(plan.folder))
@@ -81,6 +78,15 @@ def collect(plan: RunPlan, code: int) -> dict[str, Any]:
         "exit_code": exit_code,
         "error": state.get("error", []),
     }
+
+
+def settle(folder: Path, code: int) -> dict[str, Any]:
+    """The state of a run whose processes have ended with ``code``, written down where they could not do it themselves."""
+    state = read_json(folder / "state.json")
+    if state.get("status") in ("running", "queued", None) or (code != 0 and state.get("status") == "done"):
+        state = {**state, **_cause(folder, code), "updated": time.time()}
+        write_json(folder / "state.json", state)
+    return state
 
 
 def _cause(folder: Path, code: int) -> dict[str, Any]:
