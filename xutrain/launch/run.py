@@ -92,10 +92,11 @@ def settle(folder: Path, code: int) -> dict[str, Any]:
 def _cause(folder: Path, code: int) -> dict[str, Any]:
     """The first fault that a process wrote down, or what torchrun saw."""
     faults = sorted((read_json(f) for f in (folder / "logs").glob("fault-*.json")), key=lambda f: f.get("time", 0.0))
-    told = [f for f in faults if f.get("exit_code") != 1] or faults
+    seen = read_json(folder / "logs" / "first-failure.json")
+    killed = int(seen.get("exitcode", 0)) < 0  # by a signal: what the survivors tell is then of broken connections
+    told = [f for f in faults if f.get("exit_code") != 1] or ([] if killed else faults)
     if told:
         return {key: told[0][key] for key in ("status", "exit_code", "error") if key in told[0]}
-    seen = read_json(folder / "logs" / "first-failure.json")
     who = f"rank {seen['rank']} ended with exit code {seen['exitcode']}" if seen else f"a process ended with exit code {code}"
     text = [
         f"error: {who} without a message (killed, or out of memory)",
