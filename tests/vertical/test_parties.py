@@ -349,3 +349,59 @@ def test_doctor_names_what_is_missing(tmp_path):
     taken.listen()
     assert not parties.examine(recipe, "mean", Path(recipe.data.files["mean"]), tmp_path, 0.2)[-1]["ok"]
     taken.close()
+
+
+def test_a_checkpoint_just_before_a_full_pass_goes_on(tmp_path):
+    first = job(tmp_path, train__steps=17, train__epochs=None, train__lr=0.4)
+    run_all(first, tmp_path)
+    longer = job(tmp_path, train__steps=60, train__epochs=None, train__lr=0.4)
+    for p in NAMES:  # the same states, of a longer run
+        path = tmp_path / "out" / p / "state.npz"
+        with np.load(path) as saved:
+            arrays = {k: saved[k] for k in saved.files}
+        np.savez(path, **{**arrays, "job": np.array(job_hash(longer))})
+    assert run_all(longer, tmp_path)["mean"]["train_auc"] > 0.99
+
+
+def test_four_parties_go_on_without_a_lost_one(tmp_path):
+    global NAMES
+    names, NAMES = NAMES, ["party0", "party1", "party2", "party3"]
+    try:
+        tables, options = parties.party_tables(recipe_of(data={"name": "breast_cancer", "parties": 4}))
+        files = {}
+        for p, table in tables.items():
+            files[p] = str(tmp_path / f"{p}.csv")
+            parties._write(Path(files[p]), table, options)
+        identity.make(tmp_path, NAMES)
+        ports = parties._free_ports(4)
+        recipe = from_dict(
+            "vertical",
+            {
+                "data": {"name": "party_files", "files": files, **options},
+                "method": {"name": "vfb2"},
+                "labels": ["party0"],
+                "train": {"steps": 400, "batch_size": 32, "lr": 0.02, "weight_decay": 0.01},
+                "network": {
+                    "lost": "go_on",
+                    "timeout_s": 1.0,
+                    "patience_s": 3.0,
+                    "step_ms": 2.0,
+                    "addresses": {p: f"127.0.0.1:{port}" for p, port in zip(NAMES, ports, strict=True)},
+                },
+            },
+        )
+        results: dict[str, Any] = {}
+        said: list[str] = []
+        started = {p: start(recipe, tmp_path, p, results, said.append) for p in NAMES}
+        while started["party0"][0].seat.taken < 50:
+            time.sleep(0.02)
+        started["party3"][0].link.close()
+        started["party3"][0].signalled = True
+        for _, thread in started.values():
+            thread.join(40)
+            assert not thread.is_alive()
+        assert any("party3 does not answer" in text and "without its share" in text for text in said)
+        assert results["party0"]["train_auc"] > 0.9
+        assert isinstance(results["party3"], Stopped)
+    finally:
+        NAMES = names

@@ -66,7 +66,7 @@ class Process:
             identity, {n: network.addresses[n] for n in names}, network.run, f"{purpose} {job_hash(recipe)}", self.port.handle,
             refused=self._refused, max_bytes=network.max_message_mb << 20, timeout_s=network.timeout_s,
         )  # fmt: skip
-        self.started = time.monotonic()
+        self.started = self.moved = time.monotonic()
         self.lost_since: dict[str, float] = {}
         self.pinged = self.saved_at = 0.0
         self.scores: dict[str, float] = {}
@@ -111,7 +111,7 @@ class Process:
             return
         if any(peer.needs_reference for peer in self.port.peers.values()):
             self._remind()
-        self.seat.go_on(self.port)
+        self.seat.pass_or_go_on(self.port)  # the checkpoint may lie just before a full pass
 
     def _events(self, over: Callable[[], bool]) -> None:
         """Do what happens until it is over. Never waits longer than a tick for anything."""
@@ -122,6 +122,8 @@ class Process:
                 what, k, value = self.port.events.get(timeout=TICK_S)
             except queue.Empty:
                 what, k, value = "tick", 0, None
+            if what not in ("tick", "greeted"):
+                self.moved = time.monotonic()
             self._happen(what, k, value)
             if what == "worked" and every and self.seat.taken % every == 0 and self.seat.taken < self.plan.steps:
                 self._evaluate(final=False)
@@ -234,6 +236,9 @@ class Process:
             )
             if p in self.lost_since and now - self.lost_since[p] > patience and not enough:
                 raise self._stop(f"{p} was away for more than {patience:g} s ({peer.lost})")
+        limit = patience + 2 * self.recipe.network.timeout_s
+        if self.seat.holds_labels and self.seat.taken < self.plan.steps and now - self.moved > limit:
+            raise self._stop(f"nothing happened for {limit:g} s, though nobody is missing")
         if self.port.stopped:
             raise self._stop(self.port.stopped, tell=False)
         if self.signalled or (self.out / "STOP").exists():
