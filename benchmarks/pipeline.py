@@ -2,7 +2,7 @@
 
 Usage:
     python benchmarks/pipeline.py [--unit-ms 10] [--batches 60] [--json]     stages padded by sleep to equal nominal times
-    python benchmarks/pipeline.py --stragglers [--json]                      the table of random slow-downs, against the time model
+    python benchmarks/pipeline.py --stragglers [--unit-ms 5] [--batches 150]  the table of random slow-downs, against the time model
     python benchmarks/pipeline.py --unpadded [--json]                        no padding, K = 2, a perceptron of width 1024
 
 Padded stages sleep until a forward has taken 1 unit, a recomputation 1, a backward 2; sleeping processes overlap on any number of
@@ -124,15 +124,15 @@ def padded(unit_ms: float, batches: int, repeats: int) -> dict[str, Any]:
     return {"what": "padded", "unit_ms": unit_ms, "batches": batches, "rows": rows}
 
 
-def stragglers(batches: int, repeats: int) -> dict[str, Any]:
-    """Three stages of 20 ms, each slowed by 1 + s in an iteration with probability 1/3."""
+def stragglers(unit_ms: float, batches: int, repeats: int) -> dict[str, Any]:
+    """Three stages of 4 units, each slowed by 1 + s in an iteration with probability 1/3."""
     rows = []
     shapes = [([1, 1, 0], [4, 2, 0]), ([2, 2, 0], [6, 3, 0]), ([3, 3, 0], [10, 5, 0])]
     for p, m in shapes:
         plain = None
         for s in (0.0, 0.5, 1.0, 2.0):
             jitter = {"probability": 1 / 3 if s else 0.0, "slowdown": s}
-            chosen = recipe(dsp(p, m), 3, batches, [32] * 4, 12, runtime={"unit_ms": 5, "take": "together"}, straggler=jitter)
+            chosen = recipe(dsp(p, m), 3, batches, [32] * 4, 12, runtime={"unit_ms": unit_ms, "take": "together"}, straggler=jitter)
             measured = statistics.median(seconds(chosen, repeats))
             plain = plain or measured
             model = slowdown_percent(Delays(tuple(p), tuple(m)), 1 / 3, s, iterations=2000) if s else 0.0
@@ -143,7 +143,7 @@ def stragglers(batches: int, repeats: int) -> dict[str, Any]:
                 "slower_percent": 100 * (measured / plain - 1),
             }
             rows.append({**row, "model_percent": model, "barrier_percent": barrier_percent(3, 1 / 3, s)})
-    return {"what": "stragglers", "batches": batches, "rows": rows}
+    return {"what": "stragglers", "unit_ms": unit_ms, "batches": batches, "rows": rows}
 
 
 def unpadded(batches: int, repeats: int) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def main() -> None:
     words.add_argument("--json", action="store_true")
     given = words.parse_args()
     if given.stragglers:
-        result = stragglers(max(given.batches, 150), given.repeats)
+        result = stragglers(given.unit_ms, given.batches, given.repeats)
     elif given.unpadded:
         result = unpadded(given.batches, given.repeats)
     else:

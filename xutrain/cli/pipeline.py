@@ -140,4 +140,7 @@ def stragglers(
     if json:
         console.print_json({"probability": probability, "stages": stages, "columns": columns, "rows": rows})
         return
-    console.table(columns, rows, f"percent longer per batch; DSP(p;m), probability {probability:.4g}, {iterations} iterations, 3 seeds")
+    columns[1:-2] = [f"m={','.join(map(str, d.m))}" for d in shapes]
+    console.table(
+        columns, rows, f"percent longer per batch for DSP of staleness m; probability {probability:.4g}, {iterations} iterations, 3 seeds"
+    )

@@ -102,6 +102,7 @@ class Flush:
                     inputs = block(inputs)
                 losses.append(self._loss(inputs, targets))
                 (losses[-1] / self.count).backward()  # type: ignore[no-untyped-call]
+            self.job.drawn.clear()  # inputs and targets were both used
         else:
             losses = self._scheduled(first, last, batch)
         if last.last:

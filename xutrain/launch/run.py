@@ -98,6 +98,9 @@ def _cause(folder: Path, code: int) -> dict[str, Any]:
     if told:
         return {key: told[0][key] for key in ("status", "exit_code", "error") if key in told[0]}
     who = f"rank {seen['rank']} ended with exit code {seen['exitcode']}" if seen else f"a process ended with exit code {code}"
+    pulse = folder / "logs" / f"pulse-{seen.get('rank')}"  # pipelines leave the iteration that a process was in
+    if pulse.is_file():
+        who += f" in iteration {pulse.read_text(encoding='utf-8').strip()}"
     text = [
         f"error: {who} without a message (killed, or out of memory)",
         f"hint: see {folder / 'logs'}; the same command goes on from the last checkpoint",
