@@ -67,7 +67,7 @@ def ours(folder: Path, out: Path, samples: int, length: int, compute: str) -> No
 
     from xutrain.methods.prune.checkpoint import prune_checkpoint
 
-    start, clock = resident(), time.perf_counter()
+    start, clock = resident(), spent()
     prune_checkpoint(folder, out, calibration(samples, length), method="wanda", batch=1, chunk=1024, compute=getattr(torch, compute))
     told(start, clock)
 
@@ -77,7 +77,7 @@ def stock(folder: Path, out: Path, samples: int, length: int) -> None:
     from torch.nn import functional as F
     from transformers import AutoModelForCausalLM
 
-    start, clock = resident(), time.perf_counter()
+    start, clock = resident(), spent()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, experts_implementation="eager").eval()
     tokens = calibration(samples, length)
     with torch.no_grad():
@@ -122,10 +122,15 @@ def calibration(samples: int, length: int):  # type: ignore[no-untyped-def]
     return torch.randint(0, CONFIG["vocab_size"], (samples, length), generator=torch.Generator().manual_seed(1))
 
 
-def told(start: int, clock: float) -> None:
+def spent() -> tuple[float, float]:
+    """Wall and CPU seconds so far."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    now = {"seconds": time.perf_counter() - clock, "cpu_seconds": used.ru_utime + used.ru_stime, "imports": start, "peak": resident()}
-    print(json.dumps(now))
+    return time.perf_counter(), used.ru_utime + used.ru_stime
+
+
+def told(start: int, clock: tuple[float, float]) -> None:
+    seconds, cpu = (now - then for now, then in zip(spent(), clock, strict=True))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "imports": start, "peak": resident()}))
 
 
 def main() -> None:
