@@ -184,3 +184,12 @@ def test_python_surface(runs: Path) -> None:
     assert result["status"] == "done" and set(result["bits"]) == {"up", "down", "per_worker_step"}
     with pytest.raises(xutrain.RecipeError, match="levels"):
         xutrain.codec("orq", levels=4)
+
+
+def test_dry_run_before_the_data_are_there(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XUTRAIN_DATA", str(tmp_path / "nothing"))
+    arguments = ["quantize", "--config", "orq_c100_resnet56", "--json", "--out", str(tmp_path)]
+    predicted = _json([*arguments, "--dry-run"], capfd)
+    assert predicted["steps"] == 200 * (50_000 // 128)
+    assert "xutrain data prepare cifar100" in predicted["forecast"]["data"]
+    assert _json(arguments, capfd, 3)["status"] == "failed"

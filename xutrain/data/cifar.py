@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from xutrain.data.images import ImageOptions, ImageTask, divide
+from xutrain.data.base import Task
+from xutrain.data.images import ImageOptions, ImageTask, divide, outline
 from xutrain.data.store import open_arrays
 from xutrain.registry import dataset
 
@@ -36,6 +37,10 @@ class Cifar10:
     def build(options: Options, seed: int) -> ImageTask:
         return _build("cifar10", 10, options)
 
+    @staticmethod
+    def outline(options: Options) -> Task:
+        return outline("cifar10", 50000, (3, 32, 32), 10, options)
+
 
 @dataset("cifar100", summary="CIFAR-100, 32x32 colour, 100 classes; needs `xutrain data prepare cifar100`")
 class Cifar100:
@@ -47,3 +52,7 @@ class Cifar100:
     @staticmethod
     def build(options: Options, seed: int) -> ImageTask:
         return _build("cifar100", 100, options)
+
+    @staticmethod
+    def outline(options: Options) -> Task:
+        return outline("cifar100", 50000, (3, 32, 32), 100, options)

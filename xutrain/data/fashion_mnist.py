@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from xutrain.data.images import ImageOptions, ImageTask, divide
+from xutrain.data.base import Task
+from xutrain.data.images import ImageOptions, ImageTask, divide, outline
 from xutrain.data.store import open_arrays
 from xutrain.registry import dataset
 
@@ -23,3 +24,7 @@ class FashionMnist:
         train, test = ((stored[f"{role}_images"], stored[f"{role}_labels"]) for role in ("train", "test"))
         pad = 2 if options.augment else 0
         return ImageTask("fashion_mnist", divide(train, test, options), 10, mean=(0.286,), std=(0.353,), pad=pad, flip=options.augment)
+
+    @staticmethod
+    def outline(options: Options) -> Task:
+        return outline("fashion_mnist", 60000, (1, 28, 28), 10, options)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xutrain.data.base import Batch, Task
 from xutrain.data.folder_files import scan
-from xutrain.data.images import ImageOptions, rows_of_test, shares
+from xutrain.data.images import ImageOptions, outline, rows_of_test, shares
 from xutrain.data.store import data_root, missing, recorded
 from xutrain.engine.rng import Key
 from xutrain.errors import DataError, Issue
@@ -138,3 +138,7 @@ class ImageNet:
         splits = {split: [train[i] for i in rows] for split, rows in shares(len(train), options).items()}
         splits["test"] = [test[i] for i in rows_of_test(len(test), options)]
         return FolderTask("imagenet", splits, len(classes), options.image_size, options.threads)
+
+    @staticmethod
+    def outline(options: Options) -> Task:
+        return outline("imagenet", 1281167, (3, options.image_size, options.image_size), 1000, options)

@@ -151,3 +151,11 @@ def hold_out(total: int, fraction: float, data_seed: int) -> tuple[np.ndarray, n
 def _enough(wanted: int, there: int, where: str) -> None:
     if wanted > there:
         raise RecipeError(Issue(where, f"more samples than the set has, which are {there}", wanted, "lower it, or null for all"))
+
+
+def outline(name: str, total: int, shape: tuple[int, ...], classes: int, options: ImageOptions) -> Task:
+    """The sizes of a published set without its samples: enough to predict a run before the data are prepared."""
+    task = Task()
+    task.name, task.input_shape, task.num_classes = name, shape, classes
+    task.num_train = len(shares(total, options)["train"])
+    return task

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from xutrain.data.images import ImageOptions, ImageTask, divide
+from xutrain.data.base import Task
+from xutrain.data.images import ImageOptions, ImageTask, divide, outline
 from xutrain.data.store import open_arrays
 from xutrain.registry import dataset
 
@@ -23,3 +24,7 @@ class Svhn:
         train, test = ((stored[f"{role}_images"], stored[f"{role}_labels"]) for role in ("train", "test"))
         splits = divide(train, test, options)
         return ImageTask("svhn", splits, 10, mean=(0.438, 0.444, 0.473), std=(0.198, 0.201, 0.197), pad=4 if options.augment else 0)
+
+    @staticmethod
+    def outline(options: Options) -> Task:
+        return outline("svhn", 73257, (3, 32, 32), 10, options)

@@ -21,7 +21,7 @@ from xutrain.engine.replica import Replica, clip_norm
 from xutrain.engine.schedule import factor
 from xutrain.engine.stop import Stop
 from xutrain.engine.workers import Workers
-from xutrain.errors import Diverged, Issue, RecipeError, Stopped
+from xutrain.errors import DataError, Diverged, Issue, RecipeError, Stopped
 from xutrain.launch.plan import Forecast
 from xutrain.methods.base import DataParallel, Setup
 from xutrain.methods.exchange import Exchange
@@ -41,9 +41,9 @@ class Job:
     steps_per_epoch: int
 
 
-def build(recipe: Any, ctx: Context) -> Job:
-    """Data, model, codec and method of a recipe, equal on every process."""
-    task = registry.load("dataset", recipe.data.name).build(recipe.data, recipe.seed)
+def build(recipe: Any, ctx: Context, task: Task | None = None) -> Job:
+    """Data, model, codec and method of a recipe, equal on every process. ``task`` stands in for data that are not there."""
+    task = task or registry.load("dataset", recipe.data.name).build(recipe.data, recipe.seed)
     workers = ctx.workers(recipe.workers, recipe.exchange.reduction)
     if recipe.workers * recipe.train.batch_size > task.num_train:
         hint = f"{recipe.workers} workers x {recipe.train.batch_size} samples; lower train.batch_size or workers"
@@ -111,9 +111,20 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
 
 
 def forecast(recipe: Any) -> Forecast:
-    """Steps and bits of a recipe in closed form, without running it; equal to the meter's count afterwards."""
+    """Steps and bits of a recipe in closed form, without running it; equal to the meter's count afterwards.
+
+    Where the data are not prepared, the published sizes of the set stand in for them and the details say so.
+    """
     ctx = Context(recipe.seed)
-    job = build(recipe, ctx)
+    absent = ""
+    try:
+        job = build(recipe, ctx)
+    except DataError as reason:
+        outline = getattr(registry.load("dataset", recipe.data.name), "outline", None)
+        if outline is None:
+            raise
+        absent = f"{reason.issues[0].what}; {reason.issues[0].hint}"
+        job = build(recipe, ctx, outline(recipe.data))
     given = _given(recipe, ctx)
     first = given.step if given else 0
     before = job.method.planned_bits(first) if first else {}
@@ -132,6 +143,7 @@ def forecast(recipe: Any) -> Forecast:
         "compression_ratio": 32 * job.replica.numel / payload if payload else None,
         "full_precision_bits_up": job.steps * recipe.workers * 32 * job.replica.numel,
         "parts": {name: {"up": p[0], "down": p[1]} for name, p in parts.items()},
+        **({"data": absent} if absent else {}),
     }
     return Forecast(job.steps, total[0], total[1], recipe.workers, details)
 
