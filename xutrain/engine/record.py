@@ -134,7 +134,7 @@ class Record:
     def state(self, status: str, **more: Any) -> None:
         """Write state.json: queued, running, done, stopped, failed or diverged, and what goes with it."""
         if self.is_main:
-            known = {k: v for k, v in read_json(self.folder / "state.json").items() if k in ("step", "steps", "checkpoint", "requeues")}
+            known = {k: v for k, v in read_json(self.folder / "state.json").items() if k in ("step", "steps", "checkpoint", "job")}
             write_json(self.folder / "state.json", {**known, "status": status, **more, "updated": time.time()})
 
     def close(self) -> None:

@@ -177,7 +177,11 @@ class _Pool:
         self.results[index] = answer
         self.ended += 1
         took = time.monotonic() - begun
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in list(answer["metrics"].items())[-4:] if isinstance(v, float)) if answer["status"] == "done" else ""
+        shown = (
+            "  ".join(f"{k} {v:.4g}" for k, v in list(answer["metrics"].items())[-4:] if isinstance(v, float))
+            if answer["status"] == "done"
+            else ""
+        )
         left = (time.monotonic() - self.started) / self.ended * (self.total - self.ended)
         rest = f"  (about {left / 60:.0f} min left)" if left > 90 else ""
         self.tell(f"[{self.ended}/{self.total}] {job.title}: {answer['status']} in {took:.1f} s  {shown}{rest}".rstrip())
@@ -210,7 +214,13 @@ def _start() -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
     command = [sys.executable, "-m", "xutrain.launch.sweep"]
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True, preexec_fn=die_with_parent
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
     )
 
 
@@ -227,7 +237,9 @@ def main() -> None:
         try:
             loaded = load(wanted["config"], None, wanted["overrides"], smoke=wanted["smoke"], seed=wanted["seed"])
             prepared = plan(loaded, out=Path(wanted["out"]), nproc=wanted["nproc"], verbosity=-1)
-            assert str(prepared.folder) == wanted["folder"], f"{prepared.folder} is not {wanted['folder']}: the recipe changed during the sweep"
+            assert str(prepared.folder) == wanted["folder"], (
+                f"{prepared.folder} is not {wanted['folder']}: the recipe changed during the sweep"
+            )
             result = launch(prepared)
         except XutrainError as error:
             lines = [line for issue in error.issues for line in issue.lines()]
