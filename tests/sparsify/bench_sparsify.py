@@ -42,7 +42,15 @@ class Problem:
         return self.a[worker].t() @ torch.tanh(residual) + self.noise[step, worker]
 
 
-def make(name: str, codec: str = "fp", workers: int = 4, problem: Problem | None = None, *, optimizer: dict[str, Any] | None = None, **kwargs: Any) -> DataParallel:
+def make(
+    name: str,
+    codec: str = "fp",
+    workers: int = 4,
+    problem: Problem | None = None,
+    *,
+    optimizer: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> DataParallel:
     """A method on float64 vectors: ``codec_`` prefixed words are the codec's options, ``mode`` the exchange's."""
     chosen = {k[6:]: v for k, v in kwargs.items() if k.startswith("codec_")}
     mode = kwargs.pop("mode", "allgather")
@@ -53,11 +61,20 @@ def make(name: str, codec: str = "fp", workers: int = 4, problem: Problem | None
     exchange = Exchange(group, built, BitMeter(), mode)
     cls, opts = options("method", name, own, "sparsify")
     start = (problem or Problem(workers)).theta
-    setup = Setup(start.clone(), LAYOUT, group, exchange, Optimizer(**(optimizer or {"momentum": 0.9, "weight_decay": 1e-2})), Context(7), 100, None)
+    setup = Setup(
+        start.clone(), LAYOUT, group, exchange, Optimizer(**(optimizer or {"momentum": 0.9, "weight_decay": 1e-2})), Context(7), 100, None
+    )
     return cls(opts, setup)
 
 
-def drive(method: Any, problem: Problem, steps: int, lr: float | Callable[[int], float] = 0.05, each: Callable[[int, list[Tensor]], None] | None = None, first: int = 0) -> None:
+def drive(
+    method: Any,
+    problem: Problem,
+    steps: int,
+    lr: float | Callable[[int], float] = 0.05,
+    each: Callable[[int, list[Tensor]], None] | None = None,
+    first: int = 0,
+) -> None:
     """``steps`` steps; ``each(step, points)`` sees where the gradients were taken, before the step."""
     for step in range(first, first + steps):
         points = [method.point(w).clone() for w in method.setup.workers.hosted]

@@ -35,7 +35,9 @@ def flat(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
 
 
-def train(codec: str, options: dict[str, Any], cap_mb: float, hooked: dict[str, Any], steps: tuple[int, int] = (0, STEPS), state: Any = None) -> dict[str, Any]:
+def train(
+    codec: str, options: dict[str, Any], cap_mb: float, hooked: dict[str, Any], steps: tuple[int, int] = (0, STEPS), state: Any = None
+) -> dict[str, Any]:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
@@ -56,7 +58,13 @@ def train(codec: str, options: dict[str, Any], cap_mb: float, hooked: dict[str, 
             inputs, targets = batch(step, rank)
             nn.functional.cross_entropy(ddp(inputs), targets).backward()
         optimizer.step()
-    return {"x": flat(module), "model": module.state_dict(), "hook": hook.state_dict(), "optimizer": optimizer.state_dict(), "bits": hook.bits}
+    return {
+        "x": flat(module),
+        "model": module.state_dict(),
+        "hook": hook.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "bits": hook.bits,
+    }
 
 
 def single(coeff: float, codec: Any, ranks: int = 2, momentum: bool = True) -> Tensor:

@@ -81,7 +81,9 @@ def test_limits_of_the_coefficient(codec: tuple[str, dict[str, Any]]) -> None:
         close(ends["cser"].deploy()["y"], ends["saef"].virtual())
 
 
-def reference(problem: Problem, block: Any, lam: float, period: int, steps: int, lr: float = 0.05, mu: float = 0.9, wd: float = 1e-2) -> Tensor:
+def reference(
+    problem: Problem, block: Any, lam: float, period: int, steps: int, lr: float = 0.05, mu: float = 0.9, wd: float = 1e-2
+) -> Tensor:
     """DEF written from the paper's code: p, delta and e are separate, the exchange comes after the local steps."""
     x = problem.theta.clone()
     p, m, delta = [x.clone() for _ in range(K)], [torch.zeros(D).double() for _ in range(K)], [torch.zeros(D).double() for _ in range(K)]
@@ -115,12 +117,13 @@ def test_ef_with_local_steps_is_x_minus_p_plus_e() -> None:
     """EF with P > 1: p runs from x; the message is (x - p) + e."""
     problem, P = Problem(K), 3
     method = make("ef", "top_k", problem=problem, workers=K, period=P, codec_ratio=5.0)
+    start = [v.clone() for v in method.error]
     for step in range(9):
-        x, e = method.x.clone(), [v.clone() for v in method.error]
+        if step % P == 0:
+            start = [v.clone() for v in method.error]
+        x = method.x.clone()
         drive(method, problem, 1, first=step)
         if (step + 1) % P:
-            begun = step % P == 0
-            start = e if begun else start
             for k in range(K):
                 close(x - method.point(k) + start[k], method.error[k])
 

@@ -23,7 +23,8 @@ def start_gather(tensor: Tensor) -> tuple[Any, Tensor]:
     """Begin an all-gather of equal sizes; the future, and the tensor of shape (processes, n) that it fills."""
     out = tensor.new_empty(dist.get_world_size() * tensor.numel())
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(out, tensor, async_op=True).get_future(), out.view(dist.get_world_size(), -1)
+    work: Any = gather(out, tensor, async_op=True)
+    return work.get_future(), out.view(dist.get_world_size(), -1)
 
 
 def average(tensor: Tensor) -> Tensor:
