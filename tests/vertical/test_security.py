@@ -6,9 +6,9 @@ from itertools import combinations, permutations
 
 import numpy as np
 import pytest
+
 from tests.vertical.conftest import recipe_of
 from tests.vertical.vertical_sums import objective
-
 from xutrain.errors import Diverged, RecipeError
 from xutrain.launch.parties import audit
 from xutrain.methods.vertical.security import SafeSum, fixed, pairwise, trees
