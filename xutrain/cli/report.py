@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -18,12 +18,16 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    names: Annotated[list[str], typer.Argument(metavar="SUITE|RUNS...", help="Suites, a paper's short name, all; or run folders and folders of them.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="SUITE|RUNS...", help="Suites, a paper's short name, all; or run folders and folders of them.")
+    ],
     scale: Annotated[str, typer.Option("--scale", metavar="cpu|paper", help="The suites' scale.")] = "cpu",
     smoke: Annotated[bool, typer.Option("--smoke", help="The runs of `xutrain sweep --smoke`.")] = False,
     formats: Annotated[str, typer.Option("--format", metavar="md,html,json", help="Files to write.")] = "md,html,json",
     check: Annotated[bool, typer.Option("--check", help="Exit code 5 where a cell or a claim that must hold does not.")] = False,
-    out: Annotated[Optional[Path], typer.Option("--out", metavar="DIR", help="Where the report goes.", show_default="RUNS/reports/NAME")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where the report goes.", show_default="RUNS/reports/NAME")
+    ] = None,
     runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run folders are.")] = Path("runs"),
     json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document on stdout.")] = False,
 ) -> None:
@@ -38,7 +42,9 @@ def report(
     if scale not in suites.SCALES:
         raise UsageError(Issue("--scale", "must be cpu or paper", scale))
     if not names:
-        raise UsageError(Issue("SUITE|RUNS", "says nothing to report", has_value=False, hint="xutrain report demo; all suites: xutrain ls suites"))
+        raise UsageError(
+            Issue("SUITE|RUNS", "says nothing to report", has_value=False, hint="xutrain report demo; all suites: xutrain ls suites")
+        )
     value, title = _collect(names, scale, smoke, runs)
     folder = out if out is not None else runs / "reports" / title
     value["files"] = page.write(value, folder, wanted)
@@ -76,10 +82,21 @@ def _collect(names: list[str], scale: str, smoke: bool, out: Path) -> tuple[dict
         if not sections:
             raise UsageError(Issue("SUITE", f"nothing of this has the scale {scale}", " ".join(names)))
         name = "-".join(Path(n).stem for n in names) + ("" if scale == "cpu" else f"-{scale}")
-        title = sections[0]["title"] if len(sections) == 1 else f"xutrain: {', '.join(names)}" if names != ["all"] else "xutrain: ten papers, reproduced"
+        title = (
+            sections[0]["title"]
+            if len(sections) == 1
+            else f"xutrain: {', '.join(names)}"
+            if names != ["all"]
+            else "xutrain: ten papers, reproduced"
+        )
     cells = [c for s in sections for c in s["cells"]]
     claims = [c for s in sections for c in s["claims"]]
-    count = {"cells": len(cells), "done": sum(c["status"] == "done" for c in cells), "claims": len(claims), "held": sum(c["verdict"] == "pass" for c in claims)}
+    count = {
+        "cells": len(cells),
+        "done": sum(c["status"] == "done" for c in cells),
+        "claims": len(claims),
+        "held": sum(c["verdict"] == "pass" for c in claims),
+    }
     return {"title": title, "count": count, "faults": build.faults(sections), "suites": sections}, name
 
 
@@ -104,9 +121,20 @@ def print_table(part: dict[str, Any]) -> None:
     heads += [*(["verdict"] if judged else []), *map(page.words, part["show"])]
     lines = []
     for cell in part["cells"]:
-        line = [rows[cell["row"]], *([columns[cell["column"]]] if several else []), cell["n"], page.spread(cell["metrics"].get(part["metric"]), count=False)]
+        line = [
+            rows[cell["row"]],
+            *([columns[cell["column"]]] if several else []),
+            cell["n"],
+            page.spread(cell["metrics"].get(part["metric"]), count=False),
+        ]
         line += [page.paper_number(cell), page.signed(cell["difference"])] if known else []
-        lines.append([*line, *([cell["verdict"] or "-"] if judged else []), *(page.spread(cell["metrics"].get(m), count=False) for m in part["show"])])
+        lines.append(
+            [
+                *line,
+                *([cell["verdict"] or "-"] if judged else []),
+                *(page.spread(cell["metrics"].get(m), count=False) for m in part["show"]),
+            ]
+        )
     console.table(heads, lines, wrap=False)
     if not known and part["paper"]["id"]:
         console.out.print("the paper's numbers: not known", markup=False)
@@ -116,4 +144,7 @@ def _print_claims(part: dict[str, Any]) -> None:
     from xutrain.report import page
 
     for claim in part["claims"]:
-        console.out.print(f"  {page.verdict(claim['verdict']):<12} {claim['text']}" + ("" if claim["required"] else "  (not required at this scale)"), markup=False)
+        console.out.print(
+            f"  {page.verdict(claim['verdict']):<12} {claim['text']}" + ("" if claim["required"] else "  (not required at this scale)"),
+            markup=False,
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,9 @@ from xutrain.errors import Issue, UsageError
 if TYPE_CHECKING:
     from xutrain.report.suite import Table
 
-Scale = Annotated[str, typer.Option("--scale", metavar="cpu|paper", help="cpu: embedded data, minutes on two cores; paper: the published setting.")]
+Scale = Annotated[
+    str, typer.Option("--scale", metavar="cpu|paper", help="cpu: embedded data, minutes on two cores; paper: the published setting.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -25,12 +27,12 @@ def register(app: typer.Typer) -> None:
 def sweep(
     names: Annotated[list[str], typer.Argument(metavar="SUITE...", help="Suites, a paper's short name, or all.")],
     scale: Scale = "cpu",
-    seeds: Annotated[Optional[str], typer.Option(metavar="0,1,2", help="Seeds instead of the suite's.")] = None,
-    jobs: Annotated[Optional[int], typer.Option(min=1, help="Runs at a time, one thread each.", show_default="the cores")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds instead of the suite's.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time, one thread each.", show_default="the cores")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes of each run.")] = 1,
-    only: Annotated[Optional[str], typer.Option(metavar="PATTERNS", help="Rows, or row/column, with * and commas: orq*,fp")] = None,
-    launcher: Annotated[Optional[str], typer.Option(metavar="local|slurm", help="Where cells run.")] = None,
-    cluster: Annotated[Optional[str], typer.Option(metavar="NAME", help="SLURM profile: a name under configs/clusters, or a path.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="PATTERNS", help="Rows, or row/column, with * and commas: orq*,fp")] = None,
+    launcher: Annotated[str | None, typer.Option(metavar="local|slurm", help="Where cells run.")] = None,
+    cluster: Annotated[str | None, typer.Option(metavar="NAME", help="SLURM profile: a name under configs/clusters, or a path.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Every cell with its recipe's smoke overrides: seconds.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run; run nothing.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run everything again; old run folders are moved aside.")] = False,
@@ -48,7 +50,7 @@ def sweep(
     if launcher not in (None, "local", "slurm"):
         raise UsageError(Issue("--launcher", "must be local or slurm", launcher))
     wanted = parse_seeds(seeds) if seeds is not None else None
-    chosen = [n for n in suites.select(names) if len(names) == 1 and names == [n] or suites.has_scale(n, scale)]
+    chosen = [n for n in suites.select(names) if (len(names) == 1 and names == [n]) or suites.has_scale(n, scale)]
     if not chosen:
         raise UsageError(Issue("SUITE", f"nothing of this has the scale {scale}", " ".join(names)))
     patterns = [p.strip() for p in only.split(",")] if only else None
@@ -66,7 +68,10 @@ def sweep(
         tell = (lambda text: None) if quiet else lambda text: console.err.print(text, markup=False)
         tell(f"suite {table.name}, scale {table.scale}{' (smoke)' if smoke else ''}: {len(table.cells)} cells x {len(table.seeds)} seeds")
         results = sweeping.carry_out(work, jobs or _cores(), tell, again=fresh)
-        worst = max([worst, *(int(r["exit_code"]) for r in results)], key=lambda code: (code != 0, code == 1, code))
+        codes = [
+            0 if r["exit_code"] == 4 and _may_diverge(table, job) else int(r["exit_code"]) for job, r in zip(work, results, strict=True)
+        ]
+        worst = max([worst, *codes], key=lambda code: (code != 0, code == 1, code))
         values.append(_value(table, work, results, manifest))
     if json:
         console.print_json(values[0] if len(values) == 1 else {"suites": values})
@@ -74,6 +79,10 @@ def sweep(
         _show_tables(tables, out)
         console.err.print(f"next: xutrain report {' '.join(names)}" + (f" --scale {scale}" if scale != "cpu" else ""), markup=False)
     raise typer.Exit(worst)
+
+
+def _may_diverge(table: Table, job: Any) -> bool:
+    return table.suite.rows[job.cell.row].may_diverge or table.suite.columns[job.cell.column].may_diverge
 
 
 def _cores() -> int:
@@ -92,15 +101,24 @@ def _value(table: Table, work: list[Any], results: list[dict[str, Any]], manifes
 
 def _show_plan(prepared: list[tuple[Table, list[Any]]], json: bool) -> None:
     rows = [
-        {"suite": table.name, "cell": job.cell.key, "seed": job.seed, "status": job.status, "recipe": job.cell.recipe,
-         "overrides": list(job.cell.overrides), "run": str(job.plan.folder)}
+        {
+            "suite": table.name,
+            "cell": job.cell.key,
+            "seed": job.seed,
+            "status": job.status,
+            "recipe": job.cell.recipe,
+            "overrides": list(job.cell.overrides),
+            "run": str(job.plan.folder),
+        }
         for table, work in prepared
         for job in work
-    ]  # fmt: skip
+    ]
     if json:
         console.print_json({"status": "dry-run", "runs": rows})
         return
-    console.table(["suite", "cell", "seed", "status", "recipe", "overrides"], [[*list(r.values())[:5], " ".join(r["overrides"])] for r in rows])
+    console.table(
+        ["suite", "cell", "seed", "status", "recipe", "overrides"], [[*list(r.values())[:5], " ".join(r["overrides"])] for r in rows]
+    )
     missing = sum(r["status"] != "done" for r in rows)
     console.out.print(f"{missing} of {len(rows)} runs would start", markup=False)
 

@@ -76,7 +76,12 @@ def _section(
     used = {(c.row, c.column) for c in table.cells} or set(found)
     rows = [r for r in suite.rows if any(r == row for row, _ in used)]
     columns = [c for c in suite.columns if any(c == column for _, column in used)]
-    cells = [_cell(row, column, table, found.get((row, column), []), recipes.get((row, column)), papers) for row in rows for column in columns if (row, column) in used]
+    cells = [
+        _cell(row, column, table, found.get((row, column), []), recipes.get((row, column)), papers)
+        for row in rows
+        for column in columns
+        if (row, column) in used
+    ]
     _compare(cells, table)
     judged = _judge(table, found, columns, papers)
     paper = next((p for p in papers if p.content.id == suite.paper), None)
@@ -87,8 +92,14 @@ def _section(
         "smoke": table.smoke,
         "title": suite.title or suite.summary,
         "summary": suite.summary,
-        "paper": {"id": suite.paper, "where": suite.where, "title": paper.content.title if paper else "", "venue": paper.content.venue if paper else "",
-                  "authors": paper.content.authors if paper else "", "unseen": paper.content.unseen if paper else ""},
+        "paper": {
+            "id": suite.paper,
+            "where": suite.where,
+            "title": paper.content.title if paper else "",
+            "venue": paper.content.venue if paper else "",
+            "authors": paper.content.authors if paper else "",
+            "unseen": paper.content.unseen if paper else "",
+        },
         "metric": suite.metric,
         "better": suite.better,
         "show": suite.show,
@@ -99,11 +110,15 @@ def _section(
         "claims": judged,
         "plots": [p for plot in suite.plots for p in _plots(plot, table, found, rows, columns)],
         "notes": [*suite.notes, *notes, *sorted({n for c in cells for n in c["notes"]})],
-        "command": f"xutrain sweep {table.name}" + (f" --scale {table.scale}" if table.scale != "cpu" else "") + (" --smoke" if table.smoke else ""),
-    }  # fmt: skip
+        "command": f"xutrain sweep {table.name}"
+        + (f" --scale {table.scale}" if table.scale != "cpu" else "")
+        + (" --smoke" if table.smoke else ""),
+    }
 
 
-def _cell(row: str, column: str, table: Table, group: list[Run], recipe: tuple[str, list[str]] | None, papers: list[published.Paper]) -> dict[str, Any]:
+def _cell(
+    row: str, column: str, table: Table, group: list[Run], recipe: tuple[str, list[str]] | None, papers: list[published.Paper]
+) -> dict[str, Any]:
     done = [r for r in group if r.status == "done"]
     bad = sorted({r.status for r in group} - {"done"})
     names = sorted({n for r in done for n in {**r.metrics, **r.bits}})
@@ -119,7 +134,16 @@ def _cell(row: str, column: str, table: Table, group: list[Run], recipe: tuple[s
         "n": len(done),
         "seeds": [r.seed for r in done],
         "missing_seeds": missing,
-        "status": "done" if done and not bad and not missing else "diverged" if bad == ["diverged"] else "partly done" if done else bad[0] if bad else "missing",
+        "may_diverge": table.suite.rows[row].may_diverge or table.suite.columns[column].may_diverge,
+        "status": "done"
+        if done and not bad and not missing
+        else "diverged"
+        if bad == ["diverged"]
+        else "partly done"
+        if done
+        else bad[0]
+        if bad
+        else "missing",
         "metrics": numbers,
         "published": said,
         "difference": None,
@@ -140,8 +164,16 @@ def _published(row: str, column: str, table: Table, papers: list[published.Paper
         for key, found in paper.tables_of(table.name).items():
             number = found.number(row, column)
             if number is not None and found.metric == table.suite.metric:
-                return {"value": number.value, "std": number.std, "where": found.where, "source": found.source, "table": key, "scale": found.scale,
-                        "tolerance": found.tolerance, "note": number.note}  # fmt: skip
+                return {
+                    "value": number.value,
+                    "std": number.std,
+                    "where": found.where,
+                    "source": found.source,
+                    "table": key,
+                    "scale": found.scale,
+                    "tolerance": found.tolerance,
+                    "note": number.note,
+                }
     return None
 
 
@@ -170,11 +202,17 @@ def _verdict(cell: dict[str, Any], cells: list[dict[str, Any]], table: Table) ->
         error = math.hypot(ours["std"] / math.sqrt(ours["n"]), said["std"] or 0.0)
         allowed = max(2 * error, said["tolerance"])
         return ("match" if abs(cell["difference"]) <= allowed else "off"), f"difference {cell['difference']:+.4g}, allowed {allowed:.3g}"
-    against = [c for c in cells if c is not cell and c["column"] == cell["column"] and c["published"] and c["n"] > 1 and metric in c["metrics"]]
+    against = [
+        c for c in cells if c is not cell and c["column"] == cell["column"] and c["published"] and c["n"] > 1 and metric in c["metrics"]
+    ]
     if not against:
         return "", "no other cell of this column to order it with"
     wrong = [c["row"] for c in against if _contradicts(cell, c, metric)]
-    return ("ordering fails", "the paper has it the other way than " + ", ".join(wrong)) if wrong else ("ordering holds", f"as in the paper against {len(against)} rows")
+    return (
+        ("ordering fails", "the paper has it the other way than " + ", ".join(wrong))
+        if wrong
+        else ("ordering holds", f"as in the paper against {len(against)} rows")
+    )
 
 
 def _contradicts(cell: dict[str, Any], other: dict[str, Any], metric: str) -> bool:
@@ -186,22 +224,31 @@ def _contradicts(cell: dict[str, Any], other: dict[str, Any], metric: str) -> bo
     return bool(paper * ours < 0 and abs(ours) > 2 * error)
 
 
-def _judge(table: Table, found: dict[tuple[str, str], list[Run]], columns: list[str], papers: list[published.Paper]) -> list[dict[str, Any]]:
+def _judge(
+    table: Table, found: dict[tuple[str, str], list[Run]], columns: list[str], papers: list[published.Paper]
+) -> list[dict[str, Any]]:
     cells = {(c.row, c.column): {r.seed: r for r in found.get((c.row, c.column), [])} for c in table.cells}
     judged = []
     for paper in papers:
         for key, claim in paper.claims_of(table.name).items():
-            _known(claim, table, paper, key)
-            verdict = claims.judge(claim, cells, columns, table.suite.metric, table.scale, table.smoke)
+            if not _known(claim, table, paper, key):
+                continue
+            verdict = claims.judge(claim, cells, columns, table.suite, table.scale, table.smoke)
             judged.append({"id": f"{paper.name}.{key}", **verdict})
     return judged
 
 
-def _known(claim: published.Claim, table: Table, paper: published.Paper, key: str) -> None:
+def _known(claim: published.Claim, table: Table, paper: published.Paper, key: str) -> bool:
+    """Whether the suite has the claim's cells at this scale. Raises UsageError where it must hold here and has not."""
     for side in (claim.left, claim.right):
-        if isinstance(side, published.Side) and (side.row not in table.suite.rows or (side.column or next(iter(table.suite.columns))) not in table.suite.columns):
-            where = f"{paper.path}: claims.{key}"
-            raise UsageError(Issue(where, f"suite {table.name} has no such cell at scale {table.scale}", f"{side.row}/{side.column}", f"rows: {', '.join(table.suite.rows)}"))
+        if isinstance(side, published.Side) and (
+            side.row not in table.suite.rows or (side.column or next(iter(table.suite.columns))) not in table.suite.columns
+        ):
+            if table.scale not in claim.must_hold:
+                return False
+            where, hint = f"{paper.path}: claims.{key}", f"rows: {', '.join(table.suite.rows)}; columns: {', '.join(table.suite.columns)}"
+            raise UsageError(Issue(where, f"suite {table.name} has no such cell at scale {table.scale}", f"{side.row}/{side.column}", hint))
+    return True
 
 
 def _plots(plot: Plot, table: Table, found: dict[tuple[str, str], list[Run]], rows: list[str], columns: list[str]) -> list[dict[str, Any]]:
@@ -250,11 +297,24 @@ def _point(plot: Plot, done: list[Run]) -> list[dict[str, float | None]]:
     return [{"x": statistics.fmean(n[axis] for n in both), "mean": y["mean"], "std": y["std"]}]
 
 
+def _excused(cell: dict[str, Any]) -> bool:
+    """Every seed that is missing diverged, and the suite allows it."""
+    return bool(cell["may_diverge"]) and {r["status"] for r in cell["runs"]} <= {"done", "diverged"} and bool(cell["runs"])
+
+
 def faults(sections: list[dict[str, Any]]) -> list[str]:
     """What `report --check` fails for: cells and required claims that do not hold."""
     found = []
     for part in sections:
-        found += [f"{part['suite']} {c['row']}/{c['column']}: {c['verdict']} ({c['why']})" for c in part["cells"] if c["verdict"] in FAULTS]
-        found += [f"{part['suite']} {c['row']}/{c['column']}: seeds {c['missing_seeds']} are missing" for c in part["cells"] if c["n"] and c["missing_seeds"]]
+        found += [
+            f"{part['suite']} {c['row']}/{c['column']}: {c['verdict']} ({c['why']})"
+            for c in part["cells"]
+            if c["verdict"] in FAULTS and not _excused(c)
+        ]
+        found += [
+            f"{part['suite']} {c['row']}/{c['column']}: seeds {c['missing_seeds']} are missing"
+            for c in part["cells"]
+            if c["n"] and c["missing_seeds"] and not _excused(c)
+        ]
         found += [f"claim {c['id']}: {c['verdict']}" for c in part["claims"] if c["required"] and c["verdict"] != "pass"]
     return found

@@ -8,6 +8,7 @@ from typing import Any
 
 from xutrain.report.published import Claim, Side
 from xutrain.report.runs import Run
+from xutrain.report.suite import Suite
 
 #: runs of one cell by seed
 CellRuns = dict[int, Run]
@@ -21,30 +22,44 @@ def value(run: Run, metric: str) -> float | None:
     return run.metrics.get(metric, run.bits.get(metric))
 
 
-def judge(claim: Claim, cells: dict[tuple[str, str], CellRuns], columns: list[str], default_metric: str, scale: str, smoke: bool) -> dict[str, Any]:
+def judge(
+    claim: Claim, cells: dict[tuple[str, str], CellRuns], columns: list[str], suite: Suite, scale: str, smoke: bool
+) -> dict[str, Any]:
     """The verdict on one claim: ``pass``, ``fail``, ``one seed``, ``smoke only`` or ``missing``, and the numbers behind it."""
     wanted = [claim.left.column] if claim.left.column else columns
-    parts = [_part(claim, c, cells, default_metric) for c in wanted]
+    parts = [_part(claim, c, cells, suite) for c in wanted]
     known = [p for p in parts if p["verdict"] != "absent"]
     verdicts = [p["verdict"] for p in known]
     verdict = "missing" if not known else next((v for v in ("fail", "missing", "one seed") if v in verdicts), "pass")
     if smoke and verdict != "missing" and claim.kind != "exact":
         verdict = "smoke only"
     required = scale in claim.must_hold and not smoke
-    return {"text": claim.text, "source": claim.source, "kind": claim.kind, "verdict": verdict, "required": required,
-            "must_hold": list(claim.must_hold), "note": claim.note, "parts": known}  # fmt: skip
+    return {
+        "text": claim.text,
+        "source": claim.source,
+        "kind": claim.kind,
+        "verdict": verdict,
+        "required": required,
+        "must_hold": list(claim.must_hold),
+        "note": claim.note,
+        "parts": known,
+    }
 
 
-def _part(claim: Claim, column: str, cells: dict[tuple[str, str], CellRuns], default_metric: str) -> dict[str, Any]:
+def _part(claim: Claim, column: str, cells: dict[tuple[str, str], CellRuns], suite: Suite) -> dict[str, Any]:
     left = cells.get((claim.left.row, column))
     other = claim.right if isinstance(claim.right, Side) else None
     right = cells.get((other.row, other.column or column)) if other else None
     part: dict[str, Any] = {"column": column, "left": None, "right": None, "difference": None, "standard_error": None, "n": 0}
     if left is None or (other is not None and right is None):
         return {**part, "verdict": "absent"}
-    ours = _values(left, claim.left, default_metric)
-    theirs = _values(right, other, default_metric) if other is not None and right is not None else {s: float(claim.right) for s in ours}  # type: ignore[arg-type]
+    ours = _values(left, claim.left, suite.metric)
+    theirs = _values(right, other, suite.metric) if other is not None and right is not None else {s: float(claim.right) for s in ours}  # type: ignore[arg-type]
     seeds = sorted(ours.keys() & theirs.keys())
+    if other is not None and right is not None and claim.left.metric is None and other.metric is None:
+        gone = _diverged(claim, left, right, suite.better)
+        if gone == "fail" or (gone == "pass" and len(seeds) < 2):
+            return {**part, "verdict": gone, "n": len(left)}
     if not seeds:
         return {**part, "verdict": "missing"}
     gaps = [ours[s] - theirs[s] for s in seeds]
@@ -61,6 +76,13 @@ def _part(claim: Claim, column: str, cells: dict[tuple[str, str], CellRuns], def
     if len(seeds) < 2:
         return {**part, "verdict": "one seed"}
     return {**part, "verdict": "pass" if _holds(claim, statistics.fmean(gaps), (error or 0.0) * claim.sigma) else "fail"}
+
+
+def _diverged(claim: Claim, left: CellRuns, right: CellRuns, better: str) -> str:
+    """``pass`` where the side that should be behind diverged in two seeds at least and the other in none; ``fail`` the other way."""
+    ahead, behind = (left, right) if (claim.op.startswith(">")) == (better == "higher") else (right, left)
+    lost = [sum(run.status == "diverged" for run in side.values()) for side in (ahead, behind)]
+    return "fail" if lost[0] > lost[1] else "pass" if lost[1] > 1 and not lost[0] and len(ahead) > 1 else ""
 
 
 def _values(runs: CellRuns, side: Side, default_metric: str) -> dict[int, float]:

@@ -74,7 +74,9 @@ def write(report: dict[str, Any], out: Path, formats: list[str]) -> dict[str, st
     if "md" in formats:
         for a, part in enumerate(report["suites"]):
             for b, panel in enumerate(part["plots"]):
-                name = f"{part['suite']}-{panel['y']}-{panel['x']}" + (f"-{panel['column']}" if len({p["column"] for p in part["plots"]}) > 1 else "")
+                name = f"{part['suite']}-{panel['y']}-{panel['x']}" + (
+                    f"-{panel['column']}" if len({p["column"] for p in part["plots"]}) > 1 else ""
+                )
                 taken = f"{name}-{b}" if f"{name}.png" in pictures.values() else name
                 plots.png(panel, out / f"{taken}.png")
                 pictures[a, b] = f"{taken}.png"
@@ -100,8 +102,12 @@ def html(report: dict[str, Any]) -> str:
 
     from xutrain.launch.plan import versions
 
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=number, spread=spread, signed=signed, words=words, verdict=verdict, trace=trace, paper_number=paper_number)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        number=number, spread=spread, signed=signed, words=words, verdict=verdict, trace=trace, paper_number=paper_number
+    )
     count = 0
     pictures: dict[str, list[dict[str, Any]]] = {}
     for part in report["suites"]:
@@ -118,7 +124,12 @@ def _index(part: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
 
 def markdown(report: dict[str, Any], pictures: dict[tuple[int, int], str]) -> str:
     """The same tables as plain text; no times in it, so that equal runs give equal pages."""
-    lines = [f"# {report['title']}", "", "Ours is mean ± sample deviation (number of seeds). A paper's number is printed only where it was read in its text.", ""]
+    lines = [
+        f"# {report['title']}",
+        "",
+        "Ours is mean ± sample deviation (number of seeds). A paper's number is printed only where it was read in its text.",
+        "",
+    ]
     for a, part in enumerate(report["suites"]):
         label = "smoke run: says that it works, not how well" if part["smoke"] else f"scale {part['scale']}"
         lines += [f"## {part['title']}", "", f"`{part['command']}` ({label})" + (f", {_source(part)}" if part["paper"]["id"] else ""), ""]
@@ -139,12 +150,25 @@ def _source(part: dict[str, Any]) -> str:
 
 def _table(part: dict[str, Any]) -> list[str]:
     several = len(part["columns"]) > 1
-    heads = [*(["setting"] if several else []), "method", f"{words(part['metric'])}, ours", "paper", "difference", "verdict", *map(words, part["show"])]
+    heads = [
+        *(["setting"] if several else []),
+        "method",
+        f"{words(part['metric'])}, ours",
+        "paper",
+        "difference",
+        "verdict",
+        *map(words, part["show"]),
+    ]
     rows = {r["key"]: r["label"] for r in part["rows"]}
     columns = {c["key"]: c["label"] for c in part["columns"]}
     lines = [_row(heads), "|" + "---|" * len(heads)]
     for cell in sorted(part["cells"], key=lambda c: list(columns).index(c["column"])):
-        texts = [*([columns[cell["column"]]] if several else []), rows[cell["row"]], spread(cell["metrics"].get(part["metric"])), paper_number(cell)]
+        texts = [
+            *([columns[cell["column"]]] if several else []),
+            rows[cell["row"]],
+            spread(cell["metrics"].get(part["metric"])),
+            paper_number(cell),
+        ]
         texts += [signed(cell["difference"]), verdict(cell["verdict"]), *(spread(cell["metrics"].get(m)) for m in part["show"])]
         lines.append(_row(texts))
     return lines

@@ -25,7 +25,12 @@ def svg(panel: dict[str, Any], number: int) -> str:
     text = re.sub(r'\bid="([^"]+)"', rf'id="p{number}-\1"', text)  # several pictures share one page
     text = re.sub(r'((?:xlink:)?href=")#', rf"\1#p{number}-", text)
     text = text.replace("url(#", f"url(#p{number}-")
-    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img">', text, count=1)
+    return re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
+        r'<svg viewBox="\1" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img">',
+        text,
+        count=1,
+    )
 
 
 def png(panel: dict[str, Any], path: Path) -> Path:
@@ -39,10 +44,22 @@ def _render(panel: dict[str, Any], kind: str, *, ink: str, grid: str, salt: str)
     import matplotlib
 
     style = {
-        "svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 10, "font.family": "sans-serif",
-        "axes.edgecolor": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "text.color": ink,
-        "axes.spines.top": False, "axes.spines.right": False, "grid.color": grid, "grid.linewidth": 0.7, "axes.grid": True, "axes.axisbelow": True,
-    }  # fmt: skip
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+        "font.size": 10,
+        "font.family": "sans-serif",
+        "axes.edgecolor": ink,
+        "axes.labelcolor": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "text.color": ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": grid,
+        "grid.linewidth": 0.7,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+    }
     with matplotlib.rc_context(style):
         from matplotlib.figure import Figure
 

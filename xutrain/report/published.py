@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from xutrain.errors import Issue, RecipeError
 from xutrain.recipe import catalog, yamlfile
-from xutrain.recipe.explain import issues_of
 from xutrain.registry import Options
+from xutrain.report.suite import read_as
 
 
 class Number(Options):
@@ -53,11 +53,15 @@ class Claim(Options):
     text: str = Field(description="the statement")
     source: str = Field(description="where it is stated, or from what it follows")
     suite: str
-    kind: Literal["ordering", "exact"] = Field("ordering", description="ordering: of means over seeds; exact: for every single run, closed form")
+    kind: Literal["ordering", "exact"] = Field(
+        "ordering", description="ordering: of means over seeds; exact: for every single run, closed form"
+    )
     left: Side
     op: Literal[">=", "<=", ">", "<", "=="]
     right: Side | float | int
-    margin: float = Field(0.0, description="how far the wrong way still holds; negative: how far the right way it must go; for == how far apart")
+    margin: float = Field(
+        0.0, description="how far the wrong way still holds; negative: how far the right way it must go; for == how far apart"
+    )
     sigma: float = Field(0.0, ge=0, description="standard errors of the paired difference that a strict ordering needs")
     must_hold: list[Literal["cpu", "paper"]] = Field(description="scales at which `report --check` fails without it")
     note: str = ""
@@ -102,10 +106,7 @@ def papers() -> list[Paper]:
 def read(path: Path) -> Published:
     """One file. Raises RecipeError with all of its issues."""
     raw: dict[str, Any] = yamlfile.read(path)[0]
-    try:
-        value = Published.model_validate(raw)
-    except ValidationError as error:
-        raise RecipeError(*issues_of(error, Published, str(path))) from None
+    value = read_as(Published, raw, str(path), {"tables": PublishedTable, "claims": Claim})
     if not value.tables and not value.unseen:
         hint = "write `unseen: no table of the paper could be read`, or give tables"
         raise RecipeError(Issue(str(path), "has no numbers and does not say that none were seen", has_value=False, hint=hint))

@@ -140,7 +140,9 @@ def agree(runs: list[Run], where: str) -> None:
     seeds: dict[int, Run] = {}
     for run in runs:
         if run.seed in seeds:
-            raise UsageError(Issue(where, f"the runs {seeds[run.seed].folder} and {run.folder} have the same seed", run.seed, "leave one of them out"))
+            raise UsageError(
+                Issue(where, f"the runs {seeds[run.seed].folder} and {run.folder} have the same seed", run.seed, "leave one of them out")
+            )
         seeds[run.seed] = run
 
 
@@ -150,6 +152,8 @@ def below(paths: list[Path]) -> list[Path]:
     for path in paths:
         here = sorted(f.parent for f in path.rglob("run.json") if (f.parent / "recipe.yaml").exists()) if path.is_dir() else []
         if not here:
-            raise UsageError(Issue("RUNS", "holds no run folder", str(path), "what is there: xutrain runs ls; all suites: xutrain ls suites"))
+            raise UsageError(
+                Issue("RUNS", "holds no run folder", str(path), "what is there: xutrain runs ls; all suites: xutrain ls suites")
+            )
         found += [f for f in here if f not in found]
     return found

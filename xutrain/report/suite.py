@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -17,6 +17,7 @@ from xutrain.recipe.explain import issues_of
 from xutrain.registry import Options, suggest
 
 SCALES = ("cpu", "paper")
+M = TypeVar("M", bound=Options)
 
 
 class Line(Options):
@@ -25,7 +26,8 @@ class Line(Options):
     label: str = Field("", description="what the table prints; the key where it is left out")
     recipe: str | None = Field(None, description="recipe of these cells, as verb/name")
     set: dict[str, Any] = Field(default_factory=dict, description="overrides of these cells: dotted keys and values")
-    note: str = Field("", description="a remark printed below the table")
+    note: str = Field("", description="a remark, shown where a reader points at the label")
+    may_diverge: bool = Field(False, description="divergence is a possible outcome and no fault")
 
 
 class Plot(Options):
@@ -144,7 +146,9 @@ def _path(name: str) -> Path:
     return Path(name) if Path(name).is_file() else files()[name]
 
 
-def open_table(name: str, scale: str = "cpu", *, smoke: bool = False, seeds: list[int] | None = None, only: list[str] | None = None) -> Table:
+def open_table(
+    name: str, scale: str = "cpu", *, smoke: bool = False, seeds: list[int] | None = None, only: list[str] | None = None
+) -> Table:
     """Read a suite at a scale.
 
     Args:
@@ -172,10 +176,7 @@ def open_table(name: str, scale: str = "cpu", *, smoke: bool = False, seeds: lis
     for key in ("rows", "columns"):  # `orq:` alone is a row without changes
         if isinstance(merged.get(key), dict):
             merged[key] = {k: v if v is not None else {} for k, v in merged[key].items()}
-    try:
-        suite = Suite.model_validate(merged)
-    except ValidationError as error:
-        raise RecipeError(*issues_of(error, Suite, str(path))) from None
+    suite = read_as(Suite, merged, str(path), {"rows": Line, "columns": Line})
     problems = _problems(suite, str(path), seeds)
     cells, wrong = _cells(suite, str(path), smoke)
     if problems or wrong:
@@ -187,6 +188,29 @@ def open_table(name: str, scale: str = "cpu", *, smoke: bool = False, seeds: lis
             raise UsageError(Issue("--only", "selects no cell", ",".join(only), hint))
         cells = kept
     return Table(path.stem, scale, smoke, suite, cells, tuple(seeds if seeds is not None else suite.seeds))
+
+
+def read_as(cls: type[M], raw: dict[str, Any], path: str, tables: dict[str, type[Options]]) -> M:
+    """Validate a file's mapping; ``tables`` are its sections of named entries. Raises RecipeError with all issues."""
+    found: list[Issue] = []
+    for section, entry in tables.items():
+        values = raw.get(section)
+        for key, value in values.items() if isinstance(values, dict) else ():
+            try:
+                entry.model_validate(value)
+            except ValidationError as error:
+                found += [_inside(issue, f"{path}: {section}.{key}.") for issue in issues_of(error, entry)]
+    try:
+        whole = cls.model_validate(raw)
+    except ValidationError as error:
+        told = () if found else tuple(tables)
+        found += [_inside(i, f"{path}: ") for i in issues_of(error, cls) if told or i.where.split(".")[0] not in tables]
+        raise RecipeError(*found) from None
+    return whole
+
+
+def _inside(issue: Issue, prefix: str) -> Issue:
+    return Issue(f"{prefix}{issue.where}".rstrip("."), issue.what, issue.value, issue.hint, issue.has_value)
 
 
 def _problems(suite: Suite, path: str, seeds: list[int] | None) -> list[Issue]:
@@ -222,7 +246,9 @@ def _cells(suite: Suite, path: str, smoke: bool) -> tuple[tuple[Cell, ...], list
                 continue
             if left.recipe and right.recipe:
                 what = f"names a recipe, and so does columns.{column}"
-                wrong[row, column] = Issue(f"{path}: rows.{row}.recipe", what, left.recipe, "a cell has one recipe; put the difference under `set:`")
+                wrong[row, column] = Issue(
+                    f"{path}: rows.{row}.recipe", what, left.recipe, "a cell has one recipe; put the difference under `set:`"
+                )
                 continue
             recipe = left.recipe or right.recipe or suite.recipe
             if recipe is None:

@@ -1,0 +1,234 @@
+"""What a report says of run folders: the numbers, the verdicts, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xutrain.cli.app import run
+from xutrain.engine.record import read_json, write_json
+from xutrain.errors import Failed, UsageError
+from xutrain.report import build, claims, page, published
+from xutrain.report.suite import open_table
+
+VALUES = {"fp": [0.9, 0.92], "orq3": [0.8, 0.84]}
+
+
+def _cell(part: dict[str, Any], row: str) -> dict[str, Any]:
+    return next(c for c in part["cells"] if c["row"] == row)
+
+
+def _paper(content: str, tmp_path: Path) -> published.Paper:
+    path = tmp_path / "paper.yaml"
+    path.write_text(content, encoding="utf-8")
+    return published.Paper("paper", path, published.read(path))
+
+
+PAPER = """
+id: "2002.11082"
+title: A paper
+tables:
+  t1:
+    where: Table 1
+    source: its text
+    suite: mine
+    metric: test_accuracy
+    scale: {scale}
+    tolerance: 0.01
+    cells: {{fp: {{digits: {fp}}}, orq3: {{digits: {orq}}}}}
+claims:
+  order:
+    {{text: full is ahead, source: its text, suite: mine, left: {{row: fp}}, op: ">", right: {{row: orq3}}, must_hold: [cpu]}}
+  wrong:
+    {{text: ORQ is ahead, source: its text, suite: mine, left: {{row: orq3}}, op: ">=", right: {{row: fp}}, must_hold: [cpu]}}
+  bits:
+    text: as many bits
+    source: closed form
+    suite: mine
+    kind: exact
+    left: {{row: fp, metric: bits_up}}
+    op: "=="
+    right: {{row: orq3, metric: bits_up}}
+    must_hold: [cpu]
+"""
+
+
+def _with_paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scale: str = "cpu", fp: float = 0.91, orq: float = 0.82) -> None:
+    paper = _paper(PAPER.format(scale=scale, fp=fp, orq=orq), tmp_path)
+    monkeypatch.setattr(published, "papers", lambda: [paper])
+
+
+def test_means_deviations_and_traces(fill: Any, runs: Path) -> None:
+    part = build.section(fill(VALUES), runs)
+    cell = _cell(part, "orq3")
+    assert cell["metrics"]["test_accuracy"]["mean"] == pytest.approx(0.82)
+    assert cell["metrics"]["test_accuracy"]["std"] == pytest.approx(0.0282842712)
+    assert page.spread(cell["metrics"]["test_accuracy"]) == "0.820 ± 0.028 (2)"
+    assert cell["published"] is None and page.paper_number(cell) == "not known"
+    assert {"folder", "commit", "recipe_hash"} <= cell["runs"][0].keys() and cell["runs"][0]["recipe_hash"] in cell["runs"][0]["folder"]
+    curve, points = part["plots"]
+    assert [p["x"] for p in curve["series"][0]["points"]] == [1000.0, 2000.0]
+    assert curve["series"][1]["points"][-1]["mean"] == pytest.approx(0.82)
+    assert points["kind"] == "points" and len(points["series"][0]["points"]) == 1
+
+
+def test_verdicts_on_published_numbers(fill: Any, runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = fill(VALUES)
+    _with_paper(monkeypatch, tmp_path, fp=0.91, orq=0.5)
+    part = build.section(table, runs)
+    assert _cell(part, "fp")["verdict"] == "match" and _cell(part, "orq3")["verdict"] == "off"
+    assert _cell(part, "orq3")["difference"] == pytest.approx(0.32)
+    _with_paper(monkeypatch, tmp_path, scale="paper", fp=0.99, orq=0.95)
+    assert {c["verdict"] for c in build.section(table, runs)["cells"]} == {"ordering holds"}
+    _with_paper(monkeypatch, tmp_path, scale="paper", fp=0.5, orq=0.95)
+    assert {c["verdict"] for c in build.section(table, runs)["cells"]} == {"ordering fails"}
+
+
+def test_one_seed_is_never_a_verdict(fill: Any, runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = fill({"fp": [0.9], "orq3": [0.8]})
+    _with_paper(monkeypatch, tmp_path)
+    part = build.section(table, runs)
+    assert {c["verdict"] for c in part["cells"]} == {"one seed"}
+    assert _cell(part, "fp")["metrics"]["test_accuracy"]["std"] is None
+    verdicts = {c["id"]: c["verdict"] for c in part["claims"]}
+    assert verdicts == {"paper.order": "one seed", "paper.wrong": "one seed", "paper.bits": "pass"}
+    assert any("paper.order" in f for f in build.faults([part]))
+
+
+def test_claims_pass_and_fail(fill: Any, runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = fill(VALUES)
+    _with_paper(monkeypatch, tmp_path)
+    part = build.section(table, runs)
+    judged = {c["id"]: c for c in part["claims"]}
+    assert [judged[f"paper.{k}"]["verdict"] for k in ("order", "wrong", "bits")] == ["pass", "fail", "pass"]
+    numbers = judged["paper.order"]["parts"][0]
+    assert numbers["difference"] == pytest.approx(0.09) and numbers["n"] == 2 and numbers["standard_error"] == pytest.approx(0.01)
+    assert build.faults([part]) == ["claim paper.wrong: fail"]
+
+
+def test_smoke_and_missing(fill: Any, runs: Path, suite_file: Path) -> None:
+    part = build.section(fill(VALUES, smoke=True), runs)
+    assert {c["verdict"] for c in part["cells"]} == {"smoke only"} and part["smoke"]
+    assert {c["verdict"] for c in build.section(open_table(str(suite_file)), runs)["cells"]} == {"missing"}
+    assert len(build.faults([build.section(open_table(str(suite_file)), runs)])) == 2
+
+
+def test_a_changed_suite_counts_old_cells_as_missing(fill: Any, runs: Path, suite_file: Path) -> None:
+    fill(VALUES)
+    suite_file.write_text(suite_file.read_text().replace("levels: 3", "levels: 5"), encoding="utf-8")
+    part = build.section(open_table(str(suite_file)), runs)
+    assert _cell(part, "fp")["n"] == 2 and _cell(part, "orq3")["verdict"] == "missing"
+    assert any("orq3/digits" in note for note in part["notes"])
+
+
+def test_a_claim_on_a_diverged_run(fill: Any, runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = fill({"fp": [0.9, 0.91], "orq3": [0.8, 0.81]})
+    _with_paper(monkeypatch, tmp_path)
+    for folder in (runs / "quantize" / "orq").glob("*/seed*"):
+        if "codec: {name: orq" in (folder / "recipe.yaml").read_text() or "name: orq" in (folder / "recipe.yaml").read_text():
+            write_json(folder / "state.json", {"status": "diverged", "exit_code": 4})
+    part = build.section(table, runs)
+    verdicts = {c["id"]: c["verdict"] for c in part["claims"]}
+    assert verdicts["paper.order"] == "pass" and verdicts["paper.wrong"] == "fail"
+    assert _cell(part, "orq3")["verdict"] == "diverged"
+
+
+@pytest.mark.parametrize("victim", ["metrics.jsonl", "state.json", "recipe.yaml"])
+def test_a_number_put_in_by_hand_is_refused_by_name(fill: Any, runs: Path, victim: str) -> None:
+    table = fill(VALUES)
+    folder = sorted((runs / "quantize" / "orq").glob("*/seed1"))[0]
+    path = folder / victim
+    if victim == "state.json":
+        state = read_json(path)
+        state["result"]["metrics"]["test_accuracy"] = 0.999
+        write_json(path, state)
+    elif victim == "metrics.jsonl":
+        path.write_text(path.read_text().replace('"step": 3', '"step": 4'), encoding="utf-8")
+    else:
+        path.write_text(path.read_text().replace("batch_size: 32", "batch_size: 64"), encoding="utf-8")
+    with pytest.raises(Failed) as caught:
+        build.section(table, runs)
+    assert caught.value.issues[0].where == str(path) and "--fresh" in str(caught.value)
+
+
+def test_runs_that_disagree_on_their_recipe_are_refused(fill: Any, runs: Path) -> None:
+    table = fill(VALUES)
+    first, second = sorted((runs / "quantize" / "orq").glob("*"))
+    (first / "seed1").rename(first / "aside")
+    (second / "seed1").rename(first / "seed1")
+    with pytest.raises(UsageError, match="disagree on their recipe"):
+        build.section(table, runs)
+
+
+def test_html_escapes_and_is_one_file(fill: Any, runs: Path, suite_file: Path) -> None:
+    suite_file.write_text(suite_file.read_text().replace("title: Mine", "title: '<script>alert(1)</script> & Co'"), encoding="utf-8")
+    part = build.section(fill(VALUES), runs)
+    report = {"title": part["title"], "count": {"cells": 2, "done": 2, "claims": 0, "held": 0}, "faults": [], "suites": [part]}
+    text = page.html(report)
+    assert "<script" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; Co" in text
+    assert text.count("<svg") == 2 and 'src="' not in text and "<link" not in text and "url(http" not in text
+    assert "prefers-color-scheme: dark" in text and part["cells"][0]["runs"][0]["recipe_hash"] in text
+    assert "currentColor" in text and "#010203" not in text
+    identifiers = [piece.split('"')[0] for piece in text.split(' id="')[1:]]
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_markdown_html_and_json_have_the_same_numbers(fill: Any, runs: Path, suite_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(VALUES)
+    assert run(["report", str(suite_file), "--runs", str(runs), "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    files = {kind: Path(path) for kind, path in value["files"].items()}
+    assert files.keys() == {"md", "html", "json", "picture"} and all(p.exists() for p in files.values())
+    for text in ("0.820 ± 0.028 (2)", "0.910 ± 0.014 (2)"):
+        assert text in files["md"].read_text() and text in files["html"].read_text()
+    assert json.loads(files["json"].read_text())["suites"] == value["suites"]
+
+
+def test_check_sets_the_exit_code(
+    fill: Any, runs: Path, suite_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    fill(VALUES)
+    base = ["report", str(suite_file), "--runs", str(runs), "--format", "json"]
+    assert run([*base, "--check"]) == 0
+    _with_paper(monkeypatch, tmp_path)
+    assert run(base) == 0
+    assert run([*base, "--check"]) == 5
+    assert "claim paper.wrong: fail" in capsys.readouterr().err
+
+
+def test_run_folders_without_a_suite(fill: Any, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(VALUES)
+    assert run(["report", str(runs / "quantize"), "--runs", str(runs), "--format", "md"]) == 0
+    text = capsys.readouterr().out
+    assert "0.820 ± 0.028" in text and "quantize/orq" in text
+
+
+def test_report_needs_no_torch() -> None:
+    code = (
+        "import sys, xutrain.cli.report, xutrain.report.build, xutrain.report.page, xutrain.report.plots; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("op", "gap", "margin", "holds"), [(">=", -0.01, 0.02, True), (">=", 0.01, -0.02, False), ("<", -0.1, 0, True), ("==", 0.01, 0, False)]
+)
+def test_margins(op: str, gap: float, margin: float, holds: bool) -> None:
+    claim = published.Claim.model_validate(
+        {
+            "text": "",
+            "source": "",
+            "suite": "x",
+            "left": {"row": "a"},
+            "op": op,
+            "right": {"row": "b"},
+            "margin": margin,
+            "must_hold": ["cpu"],
+        }
+    )
+    assert claims._holds(claim, gap) is holds
