@@ -218,3 +218,14 @@ def test_all_tokens_reading_uses_probabilities_of_every_token() -> None:
     assert len(chosen.index) == len(x) and torch.equal(chosen.weight, r.prob[:, 2])
     assert F.one_hot(r.index, 4).sum() == 2 * len(x)
     assert isinstance(build(Wanda, all_tokens=True).tokens(r, 0), Tokens)
+
+
+def test_sums_are_float32_where_the_forward_pass_is_bfloat16() -> None:
+    wide, x = expert(), tokens()
+    e = Expert(*(wide.matrix(r).bfloat16() for r in ROLES))
+    r = routing(x)
+    for method in (build(Wanda), build(Path), build(SparseGPT)):
+        sums = gather(method, e, x.bfloat16(), Tokens(*r.routed(0)))
+        assert all(s.dtype == torch.float32 for s in sums.state().values())
+        done = method.cut(e, sums.state(), HALF, key())
+        assert all(0.3 < float(m.float().mean()) < 0.7 for m in done.masks.values())

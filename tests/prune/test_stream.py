@@ -88,3 +88,10 @@ def test_every_family_is_pruned_where_it_should_be_and_nowhere_else(kind: str, t
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens(1, 8)).logits
     assert bool(torch.isfinite(logits).all())
+
+
+@pytest.mark.parametrize("method", ["moe_pruner", "path", "sparsegpt"])
+def test_bfloat16_forward_pass(mixtral: tuple[Path, Any], tmp_path: Path, method: str) -> None:
+    exact = prune_checkpoint(mixtral[0], tmp_path / "exact", tokens(), method=method, rescale=True)
+    report = prune_checkpoint(mixtral[0], tmp_path / "out", tokens(), method=method, compute=torch.bfloat16, rescale=True)
+    assert report.sparsity == pytest.approx(0.5, abs=0.03) and report.error == pytest.approx(exact.error, rel=0.1)

@@ -93,6 +93,11 @@ class Statistics:
 
     def __init__(self, expert: Expert) -> None:
         self.expert = expert
+        #: sums are float32 at least, also where the forward pass is bfloat16
+        self.dtype = torch.promote_types(expert.gate.dtype, torch.float32)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.expert.gate.device)
 
     def add(self, chunk: Chunk) -> None:
         """Add one chunk. The order of calls is the order of tokens."""

@@ -14,6 +14,8 @@ from xutrain.methods.prune.base import Chunk, Expert, Statistics
 
 def squared_norms(z: Tensor, g: Tensor) -> Tensor:
     """s_j = sum_t g_t^2 z_tj^2, shape (d_in,), for z (t, d_in) and g (t,)."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    g, z = g.to(wide), z.to(wide)
     return (g * g) @ (z * z)
 
 
@@ -22,8 +24,7 @@ class Moments(Statistics):
 
     def __init__(self, expert: Expert) -> None:
         super().__init__(expert)
-        self.x = torch.zeros(expert.gate.shape[1], dtype=expert.gate.dtype, device=expert.gate.device)
-        self.h = torch.zeros(expert.down.shape[1], dtype=expert.gate.dtype, device=expert.gate.device)
+        self.x, self.h = self.zeros(expert.gate.shape[1]), self.zeros(expert.down.shape[1])
 
     def add(self, chunk: Chunk) -> None:
         self.x += squared_norms(chunk.x, chunk.g)
@@ -47,13 +48,14 @@ class PathMoments(Statistics):
 
     def __init__(self, expert: Expert) -> None:
         super().__init__(expert)
-        self.gate, self.up = torch.zeros_like(expert.gate), torch.zeros_like(expert.up)
-        self.h = torch.zeros(expert.down.shape[1], dtype=expert.gate.dtype, device=expert.gate.device)
+        self.gate, self.up = self.zeros(*expert.gate.shape), self.zeros(*expert.up.shape)
+        self.h = self.zeros(expert.down.shape[1])
 
     def add(self, chunk: Chunk) -> None:
-        x2, g = chunk.x * chunk.x, chunk.g.unsqueeze(1)
-        self.gate += (g * silu_slope(chunk.a) * chunk.b).square_().T @ x2
-        self.up += (g * torch.nn.functional.silu(chunk.a)).square_().T @ x2
+        x, g, a, b = (z.to(self.dtype) for z in (chunk.x, chunk.g.unsqueeze(1), chunk.a, chunk.b))
+        x2 = x * x
+        self.gate += (g * silu_slope(a) * b).square_().T @ x2
+        self.up += (g * torch.nn.functional.silu(a)).square_().T @ x2
         self.h += squared_norms(chunk.h, chunk.g)
 
     def state(self) -> dict[str, Tensor]:
@@ -66,12 +68,11 @@ class Hessians(Statistics):
     def __init__(self, expert: Expert) -> None:
         super().__init__(expert)
         d, f = expert.gate.shape[1], expert.down.shape[1]
-        self.x = torch.zeros(d, d, dtype=expert.gate.dtype, device=expert.gate.device)
-        self.h = torch.zeros(f, f, dtype=expert.gate.dtype, device=expert.gate.device)
+        self.x, self.h = self.zeros(d, d), self.zeros(f, f)
 
     def add(self, chunk: Chunk) -> None:
         for total, z in ((self.x, chunk.x), (self.h, chunk.h)):
-            weighted = z * chunk.g.unsqueeze(1)
+            weighted = z.to(self.dtype) * chunk.g.to(self.dtype).unsqueeze(1)
             total += weighted.T @ weighted
 
     def state(self) -> dict[str, Tensor]:

@@ -23,14 +23,15 @@ class RowScales:
 
     def __init__(self, dense: Expert, pruned: Expert) -> None:
         self.dense, self.pruned = dense, pruned
-        self.sums = {r: torch.zeros(2, dense.matrix(r).shape[0], dtype=dense.gate.dtype, device=dense.gate.device) for r in ROLES}
+        wide = torch.promote_types(dense.gate.dtype, torch.float32)
+        self.sums = {r: torch.zeros(2, dense.matrix(r).shape[0], dtype=wide, device=dense.gate.device) for r in ROLES}
         self.tokens = 0
 
     def add(self, chunk: Chunk) -> None:
         self.tokens += len(chunk.x)
         for role, total in self.sums.items():
             z = chunk.input(role) * chunk.g.unsqueeze(1)
-            y, masked = z @ self.dense.matrix(role).T, z @ self.pruned.matrix(role).T
+            y, masked = ((z @ e.matrix(role).T.to(z.dtype)).to(total.dtype) for e in (self.dense, self.pruned))
             total[0] += (y * masked).sum(0)
             total[1] += masked.square().sum(0)
 

@@ -38,7 +38,7 @@ def sparsegpt(
     Returns:
         The new weight and its mask (True = kept), both (rows, d_in).
     """
-    W, H = weight.clone(), hessian.clone()
+    W, H = weight.to(hessian.dtype, copy=True), hessian.clone()
     columns = W.shape[1]
     if pattern.of is not None:
         block = max(1, block // pattern.of) * pattern.of
