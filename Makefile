@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := OMP_NUM_THREADS=1 $(BIN)/xutrain
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types check slow bench report docs clean
+.PHONY: help setup demo test lint types check slurm-test slow bench report docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9_.%-]+:.*## / {printf "  %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PAPER: $(PAPERS)"
 
 setup: $(READY) ## create .venv and install xutrain with its development tools
 
@@ -32,8 +33,38 @@ lint: $(READY) ## ruff: rules and format
 types: $(READY) ## mypy
 	$(BIN)/mypy
 
+slurm-test: $(READY) ## jobs under a real SLURM of this machine (root; installs Debian's where it is missing), or the reason why not
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm -rs tests/slurm
+
 slow: $(READY) ## the slow tests as well
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+PAPERS := orq saef def dsm domo fedsm auto-fedrl dsp afsgd moe-pruner
+SCALE ?= cpu
+CLUSTER ?=
+REPRODUCE := $(addprefix reproduce-,$(PAPERS))
+SLURM := $(addprefix slurm-,$(PAPERS))
+.PHONY: reproduce $(REPRODUCE) $(SLURM)
+
+reproduce: $(READY) ## every paper's suites at cpu scale and one report; ends with 5 where a claim does not hold
+	$(RUN) sweep all
+	$(RUN) report all --check
+
+reproduce-PAPER: ## one paper's suites and report; SCALE=cpu (default) or paper; PAPER is one of the names below
+	@echo "say which: $(REPRODUCE)"
+
+$(REPRODUCE): reproduce-%: $(READY)
+	$(RUN) sweep $* --scale $(SCALE)
+	$(RUN) report $* --scale $(SCALE) --check
+
+slurm-PAPER: ## the same through SLURM, paper scale: CLUSTER=name of a profile in configs/clusters
+	@echo "say which: $(SLURM)"
+
+$(SLURM): slurm-%: $(READY)
+	$(RUN) sweep $* --scale $(if $(filter command line environment,$(origin SCALE)),$(SCALE),paper) --launcher slurm $(if $(CLUSTER),--cluster $(CLUSTER))
+
+report: $(READY) ## the report over every suite at SCALE, without running anything
+	$(RUN) report all --scale $(SCALE)
 
 clean: ## remove caches (not runs)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

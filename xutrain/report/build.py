@@ -150,7 +150,7 @@ def _cell(
         "verdict": "",
         "why": "",
         "runs": [r.trace() for r in group],
-        "notes": [str(n) for r in done for n in r.run.get("notes", [])],
+        "notes": [str(n) for r in done for n in r.run.get("notes", []) if not str(n).startswith("resumed from")],
     }
 
 
