@@ -75,6 +75,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("domo", {"clients.fraction": 0.5}),
     ("scaffold", {"clients.fraction": 0.5}),
     ("fedavg", {"codec": "{name: orq}", "train.rounds": 2}),
+    ("domo", {"codec": "{name: top_k, ratio: 8}"}),
+    ("scaffold", {"codec": "{name: random_block, ratio: 4}", "train.rounds": 2}),
     ("domo", {"model.name": "resnet_cifar", "model.depth": 8, "model.width": 4, "train.rounds": 2, "data.subset": 120}),
     (
         "fedavg",
@@ -211,6 +213,8 @@ def test_error_feedback_keeps_what_the_codec_lost(tmp_path: Path) -> None:
         ({"partition.name": "dirichlet", "partition.alpha": 0.0}, "partition.alpha", "greater than 0"),
         ({"partition.name": "dirichlett"}, "partition.name", "unknown partition"),
         ({"method.betta": 1}, "method.betta", "unknown key"),
+        ({"codec.name": "signsgd"}, "codec.name", "takes a vote"),
+        ({"codec.name": "low_rank"}, "codec.name", "unknown codec for federate"),
         ({"clients.fraction": 0}, "clients.fraction", "greater than 0"),
         ({"train.rounds": 0}, "train.rounds", "at least 1"),
     ],

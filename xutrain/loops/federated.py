@@ -80,11 +80,8 @@ def build(recipe: Any, ctx: Context) -> Job:
     replica = Replica(module)
     workers = ctx.workers(clients)
     codec = registry.load("codec", recipe.codec.name)(recipe.codec, workers=recipe.per_round)
-    if type(codec).combine is not Codec.combine:
-        hint = "choose a codec whose messages are averaged; all: xutrain ls codecs"
-        raise RecipeError(
-            Issue("codec.name", "takes a vote over messages, which a weighted average of clients is not", recipe.codec.name, hint)
-        )
+    codec.lay(replica.layout)
+    _check_codec(codec, recipe)
     federation = Federation(
         clients, _weights(recipe, dealt), recipe.per_round < clients, recipe.seed, tuple((s.name, s.start, s.stop) for s in replica.layout)
     )
@@ -95,6 +92,19 @@ def build(recipe: Any, ctx: Context) -> Job:
     uplink = Uplink(ctx, workers, codec, recipe.uplink.error_feedback, silent=cls.silent)
     policy = "none" if not replica.num_buffer_elements else "local" if cls.silent else recipe.train.buffers
     return Job(task, replica, bench, workers, uplink, method, parts, policy, method.server_state(theta), buffers, [0] * clients)
+
+
+def _check_codec(codec: Codec, recipe: Any) -> None:
+    """Refuse codecs that an average of clients' messages cannot use."""
+    hint = "choose a codec whose messages are averaged; all: xutrain ls codecs"
+    name = recipe.codec.name
+    if type(codec).combine is not Codec.combine:
+        raise RecipeError(Issue("codec.name", "takes a vote over messages, which a weighted average of clients is not", name, hint))
+    if codec.collective:
+        raise RecipeError(Issue("codec.name", "needs several exchanges for one mean, and a client answers once", name, hint))
+    if recipe.uplink.error_feedback == "always" and codec.expands:
+        what = f"grows without bound with {name}, which is not contractive"
+        raise RecipeError(Issue("uplink.error_feedback", what, "always", "use auto or never"))
 
 
 def _weights(recipe: Any, dealt: list[Any]) -> tuple[float, ...]:

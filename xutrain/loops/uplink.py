@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from xutrain.engine.context import Context
+from xutrain.engine.rng import Key
 from xutrain.engine.workers import Workers
 from xutrain.errors import Diverged, Issue
 from xutrain.loops.clients import Kept
@@ -41,7 +42,7 @@ class Uplink:
 
     def __init__(self, ctx: Context, workers: Workers, codec: Codec, feedback: str, *, silent: bool = False) -> None:
         self.ctx, self.workers, self.codec, self.silent = ctx, workers, codec, silent
-        self.dense = str(codec.options.name) == "fp"  # the identity: nothing to encode
+        self.dense = codec.dense and codec.payload_bits(1) == 32  # the identity: nothing to encode
         self.feedback = not self.dense and (feedback == "always" or (feedback == "auto" and codec.biased and codec.contractive))
         self._bits: dict[str, list[int]] = {}
 
@@ -81,6 +82,7 @@ class Uplink:
             Diverged: a vector is not finite; names client and round.
         """
         sent = Sent({"client": reply.client, "numbers": reply.numbers, "measures": reply.measures, "loss": loss, "parts": []})
+        sent.head.update(round=round, exchange=exchange)
         for name, tensor in reply.tensors.items():
             if not tolerant and not math.isfinite(float(tensor.sum())):
                 hint = "lower train.lr or the momenta, or set train.clip_norm"
@@ -93,7 +95,7 @@ class Uplink:
                 continue
             lost = kept.residual.get(name)
             wanted = tensor if lost is None else tensor + lost
-            payload = self.codec.encode(wanted, self.ctx.key(f"uplink/{exchange}/{name}", round, reply.client))
+            payload = self.codec.encode(wanted, self._key(name, round, exchange, reply.client))
             if self.feedback:
                 kept.residual[name] = wanted - self.codec.decode(payload)
             sent.coded.append(payload.data)
@@ -103,12 +105,20 @@ class Uplink:
             self._add(name, 0, 32)
         return sent
 
+    def _key(self, name: str, round: int, exchange: int, client: int) -> Key:
+        """Where a client's vector draws; both ends know it."""
+        return self.ctx.key(f"uplink/{exchange}/{name}", round, client)
+
     def receive(self, head: dict[str, Any], coded: list[Tensor], plain: list[Tensor]) -> Reply:
         """What the server makes of a message."""
         reply = Reply(numbers=head["numbers"], measures=head["measures"], client=head["client"])
         codes, floats = iter(coded), iter(plain)
         for name, length, encoded, _ in head["parts"]:
-            reply.tensors[name] = self.codec.decode(Payload(next(codes), length)) if encoded else next(floats)
+            if encoded:
+                key = self._key(name, head["round"], head["exchange"], head["client"]) if self.codec.shared_support else None
+                reply.tensors[name] = self.codec.decode(Payload(next(codes), length, key))
+            else:
+                reply.tensors[name] = next(floats)
         return reply
 
     def stream(self, clients: tuple[int, ...], work: Callable[[int], Sent]) -> Iterator[tuple[Reply, float]]:
