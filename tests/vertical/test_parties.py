@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 from pathlib import Path
@@ -20,7 +19,6 @@ pytest.importorskip("cryptography")
 from xutrain.data.party_file import load_party
 from xutrain.errors import Failed, Stopped, XutrainError
 from xutrain.launch import parties
-from xutrain.loops.vertical_align import Alignment
 from xutrain.loops.vertical_job import job_hash
 from xutrain.loops.vertical_party import Process
 from xutrain.loops.vertical_score import Scoring
@@ -317,38 +315,6 @@ def test_a_certificate_of_another_authority_or_of_another_party_is_refused(pair)
     with pytest.raises(ConnectionError, match="certificate"):
         sender.ask("error", Envelope("ping"))
     assert untouched(process)
-
-
-def test_alignment_finds_the_common_ids_in_one_order(tmp_path):
-    recipe = job(tmp_path)
-    lists = {"mean": ["a", "b", "c", "d"], "error": ["d", "x", "b", "a"], "worst": ["b", "q", "a", "d", "z"]}
-    found: dict[str, Any] = {}
-
-    def go(p: str) -> None:
-        found[p] = Alignment(recipe, p, lists[p], identity.load(tmp_path, p), lambda text: None).run()
-
-    threads = [threading.Thread(target=go, args=(p,), daemon=True) for p in NAMES]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert sorted(found["mean"][0]) == ["a", "b", "d"]
-    assert found["mean"][0] == found["error"][0] == found["worst"][0]
-    assert found["worst"][1]["dropped"] == 2
-
-
-def test_doctor_names_what_is_missing(tmp_path):
-    recipe = job(tmp_path)
-    found = parties.examine(recipe, "mean", Path(recipe.data.files["mean"]), tmp_path, 0.5)
-    by_name = {f["check"]: f["ok"] for f in found}
-    assert by_name["job"] and by_name["file"] and by_name["certificate"] and by_name["port"]
-    assert not by_name["reach error"]
-    taken = socket.socket()
-    host, port = recipe.network.addresses["mean"].split(":")
-    taken.bind((host, int(port)))
-    taken.listen()
-    assert not parties.examine(recipe, "mean", Path(recipe.data.files["mean"]), tmp_path, 0.2)[-1]["ok"]
-    taken.close()
 
 
 def test_a_checkpoint_just_before_a_full_pass_goes_on(tmp_path):

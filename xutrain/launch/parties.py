@@ -1,4 +1,4 @@
-"""All parties on one machine as processes of their own, over TLS on loopback; the checks and attacks of the vertical verb. No torch here."""
+"""All parties on one machine as processes of their own, over TLS on loopback; checks and attacks of the vertical verb. No torch here."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Network(Options):
     addresses: dict[str, str] = Field(default_factory=dict, description="party: host:port that the others reach it at")
     timeout_s: float = Field(10.0, gt=0, description="deadline of one request")
     patience_s: float = Field(60.0, gt=0, description="how long an unreachable party is waited for before the run stops with a checkpoint")
-    lost: Literal["wait", "go_on"] = Field("wait", description="wait for an absent party, or sum without it while two others hide each other")
+    lost: Literal["wait", "go_on"] = Field("wait", description="wait for an absent party, or sum without it while two others are there")
     step_ms: float = Field(
         0.0, ge=0, le=10_000, description="artificial computing time per step, for straggler experiments; time.delay lengthens it"
     )
