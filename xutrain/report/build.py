@@ -45,7 +45,9 @@ def section_of_runs(folders: list[Path]) -> dict[str, Any]:
         head = run.run
         grouped.setdefault(f"{head.get('verb')}/{head.get('recipe')} {run.group}", []).append(run)
     metrics = {n for r in read for n in r.metrics}
-    wanted = [m for m in ("test_accuracy", "dice", "perplexity", "val_loss", "auc", "objective", "test_loss", "train_loss") if m in metrics]
+    wanted: list[str] = [
+        m for m in ("test_accuracy", "dice", "perplexity", "val_loss", "auc", "objective", "test_loss", "train_loss") if m in metrics
+    ]
     main = wanted[0] if wanted else next(iter(sorted(metrics)), "test_loss")
     logged = main in {line["name"] for r in read for line in r.lines}
     suite = Suite(
@@ -278,8 +280,8 @@ def _curve(plot: Plot, done: list[Run]) -> list[dict[str, float | None]]:
     axis = AXES.get(plot.x, plot.x)
     points: list[dict[str, float | None]] = []
     for step in steps:
-        at = [c[step].get(axis) for c in curves]
-        known = [float(x) for x in at if isinstance(x, (int, float))]
+        at = [claims.axis_value(run, c[step], axis) for run, c in zip(done, curves, strict=True)]
+        known = [x for x in at if x is not None]
         if len(known) < len(at) or (plot.log_x and min(known) <= 0):
             continue
         spread = _spread([float(c[step]["value"]) for c in curves])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from itertools import pairwise
 from typing import Any
 
 from xutrain.report.published import Claim, Side
@@ -15,11 +16,34 @@ CellRuns = dict[int, Run]
 
 
 def value(run: Run, metric: str) -> float | None:
-    """A number of one run: a final metric, ``bits_up``/``bits_down``/``bits_per_worker_step``, or the mean of a curve."""
+    """A number of one run.
+
+    A final metric; ``bits_up``, ``bits_down``, ``bits_per_worker_step``; ``curve_mean:NAME``, the mean over what was logged; or
+    ``reach:NAME:LEVEL:AXIS``, the value of AXIS (a logged metric, step or bits_up) where NAME first crosses LEVEL.
+    """
     if metric.startswith("curve_mean:"):
         lines = run.curve(metric.partition(":")[2])
         return statistics.fmean(line["value"] for line in lines) if lines else None
+    if metric.startswith("reach:"):
+        _, name, level, axis = metric.split(":")
+        return _reach(run, name, float(level), axis)
     return run.metrics.get(metric, run.bits.get(metric))
+
+
+def _reach(run: Run, name: str, level: float, axis: str) -> float | None:
+    """Where a curve first crosses a level, between two logged points by a straight line; None where it never does."""
+    lines = [(axis_value(run, line, axis), float(line["value"])) for line in run.curve(name)]
+    points = [(x, y) for x, y in lines if x is not None]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if (y0 - level) * (y1 - level) <= 0 and y0 != y1:
+            return x0 + (x1 - x0) * (level - y0) / (y1 - y0)
+    return None
+
+
+def axis_value(run: Run, line: dict[str, Any], axis: str) -> float | None:
+    """The horizontal position of a line: one of its own keys, or another metric logged at the same step."""
+    found = line.get(axis, run.at(line["step"], axis))
+    return float(found) if isinstance(found, (int, float)) else None
 
 
 def judge(

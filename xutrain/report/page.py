@@ -50,7 +50,12 @@ def signed(value: float | None) -> str:
 def words(name: str) -> str:
     """A metric's name as a reader says it."""
     kind, colon, rest = name.partition(":")
-    return f"{rest.replace('_', ' ')}, mean over the run" if colon and kind == "curve_mean" else name.replace("_", " ")
+    if colon and kind == "curve_mean":
+        return f"{rest.replace('_', ' ')}, mean over the run"
+    if colon and kind == "reach":
+        metric, level, axis = rest.replace("_", " ").split(":")
+        return f"{axis} to {metric} {level}"
+    return name.replace("_", " ")
 
 
 def verdict(text: str) -> str:

@@ -43,7 +43,7 @@ def png(panel: dict[str, Any], path: Path) -> Path:
 def _render(panel: dict[str, Any], kind: str, *, ink: str, grid: str, salt: str) -> bytes:
     import matplotlib
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
         "font.size": 10,

@@ -70,6 +70,14 @@ class Run:
         stride = max(1, -(-len(kept) // POINTS))
         return kept[::stride] + ([kept[-1]] if kept and (len(kept) - 1) % stride else [])
 
+    @cached_property
+    def _named(self) -> dict[tuple[str, int], float]:
+        return {(line["name"], line["step"]): line["value"] for line in self.lines if line["value"] is not None}
+
+    def at(self, step: int, name: str) -> float | None:
+        """What was logged under a name at a step."""
+        return self._named.get((name, step))
+
     def trace(self) -> dict[str, Any]:
         """Where a number comes from."""
         git = self.run.get("git", {})
