@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -143,7 +144,7 @@ def _run(*command: str) -> None:
 
 def measure(link: str, rounds: int) -> dict[str, Any]:
     """Run both ranks over one link. Raises CalledProcessError or OSError where namespaces cannot be made."""
-    limits = RATES[link]
+    limits, ranks = RATES[link], []
     spaces = Namespaces(*limits) if limits else None
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -161,6 +162,8 @@ def measure(link: str, rounds: int) -> dict[str, Any]:
             ranks[1].wait(timeout=60)
         return dict(json.loads(answer))
     finally:
+        for process in ranks:
+            process.kill()
         if spaces:
             spaces.close()
 
@@ -176,6 +179,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.rank is not None:
         rank_main(given.rank, given.store, given.address, given.rounds)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that namespaces are taken down
     can_limit = os.geteuid() == 0 and all(shutil.which(tool) for tool in ("ip", "tc"))
     results = {}
     for link in given.links:
