@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from xutrain.cli import console, recipes, report, sweep, train
+from xutrain.cli import console, doctor, recipes, report, sweep, train
 from xutrain.errors import XutrainError
 from xutrain.families import FAMILIES
 
@@ -29,6 +29,7 @@ train.register(app)
 recipes.register(app)
 sweep.register(app)
 report.register(app)
+doctor.register(app)
 #: groups of commands, imported by name when they are there
 GROUPS = {
     "data": "Prepare, verify and look at data sets.",

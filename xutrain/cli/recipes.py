@@ -223,9 +223,16 @@ def diff(
     first: Annotated[str, typer.Argument(help="A recipe or a run folder.")],
     second: Annotated[str, typer.Argument(help="Another.")],
     verb: Verb = None,
+    steps: Annotated[
+        int | None, typer.Option("--run", min=1, metavar="STEPS", help="Run both and show the first step and tensor where they part.")
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="With --run: both with their smoke overrides.")] = False,
     json: Json = False,
 ) -> None:
-    """Show the resolved keys in which two recipes differ."""
+    """Show the resolved keys in which two recipes differ, or where their runs part."""
+    if steps is not None:
+        _diff_runs((first, second), verb, steps, smoke, json)
+        return
     sides = [_flat(_resolved(name, verb)) for name in (first, second)]
     keys = sorted({k for side in sides for k in side})
     rows = [{"key": k, first: sides[0].get(k), second: sides[1].get(k)} for k in keys if sides[0].get(k) != sides[1].get(k)]
@@ -237,11 +244,29 @@ def diff(
         console.table(["key", first, second], [[str(v) if i else v for i, v in enumerate(r.values())] for r in rows])
 
 
+def _diff_runs(names: tuple[str, str], verb: str | None, steps: int, smoke: bool, json: bool) -> None:
+    import tempfile
+
+    from xutrain.cli.doctor import tell
+    from xutrain.launch import compare
+
+    with tempfile.TemporaryDirectory(prefix="xutrain-diff-") as home:
+        folders = [compare.traced(_file(n), verb, [], steps=steps, out=Path(home) / str(i), smoke=smoke) for i, n in enumerate(names)]
+        found = compare.first_difference(*folders)
+        number = compare.compared(*folders)
+    tell(f"{names[0]} and {names[1]}", found, number, json, {"first": names[0], "second": names[1]})
+
+
+def _file(name: str) -> str:
+    """The recipe of a run folder, or the name itself."""
+    folder = Path(name)
+    return str(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else name
+
+
 def _resolved(name: str, verb: str | None) -> dict[str, Any]:
     from xutrain.recipe.load import load
 
-    folder = Path(name)
-    return load(str(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else name, verb).recipe.model_dump(mode="json")
+    return load(_file(name), verb).recipe.model_dump(mode="json")
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
