@@ -6,7 +6,7 @@ In one process the same micro-batches pass one after another; the gradient is th
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from xutrain.data.base import Batch
 from xutrain.engine.pace import Pace
 from xutrain.engine.pipes import PeerLost
+from xutrain.engine.statistics import frozen_statistics
 from xutrain.errors import Issue, UsageError
-from xutrain.methods.pipeline.base import Applied, Stage, frozen_statistics
+
+if TYPE_CHECKING:
+    from xutrain.methods.pipeline.base import Stage
 
 
 class _Linger(torch.autograd.Function):
@@ -92,7 +95,6 @@ class Flush:
         """All micro-batches of ``batch``, up and down. Appends the mean loss to the last stage's losses."""
         for block in self.blocks:
             block.begin(batch)
-            block.stage.applied.append(Applied(block.stage.index, batch, batch, batch, batch))
         first, last = self.job.stages[0], self.job.stages[-1]
         if self.schedule is None:
             data = self.job.batch(batch)

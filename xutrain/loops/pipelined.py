@@ -25,7 +25,7 @@ from xutrain.errors import Diverged, Issue, Stopped
 from xutrain.launch.plan import Forecast
 from xutrain.loops.pipeline_job import Job, build, evaluate, restore_stage, stage_state
 from xutrain.loops.pipeline_ledger import Ledger
-from xutrain.methods.pipeline.base import Stage
+from xutrain.methods.pipeline.base import Applied, Stage
 from xutrain.methods.pipeline.timing import units_per_batch
 
 
@@ -147,6 +147,7 @@ class Pipeline:
             self.flush.step(self.start + n)
             for stage in self.job.stages:
                 self._refuse_non_finite(stage, self.start + n)
+                stage.applied.append(Applied(stage.index, self.start + n, stage.updates, stage.updates, stage.updates))
                 self._update(stage, self.start + n)
             return
         self.pipes.expect(n + 1, self.size)

@@ -12,17 +12,16 @@ Nothing here knows of processes. Symbols: w_k parameters of stage k, h_k its inp
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _NormBase
 
 from xutrain.engine.rng import Key
+from xutrain.engine.statistics import frozen_statistics as frozen_statistics
 from xutrain.recipe.delays import Delays
 from xutrain.registry import Named
 
@@ -128,19 +127,6 @@ class Stage:
         for parameter, grad in zip(self.parameters.values(), found, strict=False):
             parameter.grad = grad
         return found[-1] if inputs else None
-
-
-@contextmanager
-def frozen_statistics(block: nn.Module) -> Iterator[None]:
-    """Batch statistics are used but running ones are left alone: so a batch that passes twice counts once."""
-    norms = [m for m in block.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
 
 
 class PipelineMethod:
