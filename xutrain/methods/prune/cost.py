@@ -71,7 +71,7 @@ def peak_bytes(
 ) -> dict[str, int]:
     """Estimate of what one process holds at once, by part, beyond what the interpreter holds after its imports.
 
-    Measured on a Mixtral with experts of 11 M weights: 0.314 GB (float32), where this says 0.42.
+    Measured on a Mixtral with experts of 11 M weights: 0.314 GB (float32), where this says 0.39.
     """
     c, w = _BYTES[compute], _BYTES.get(arch.dtype, 4)
     d, f = arch.hidden, arch.ffn
