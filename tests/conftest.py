@@ -106,8 +106,10 @@ def trained(runs: Path) -> Callable[..., Path]:
 
 
 def weights(folder: Path) -> bytes:
-    """The bytes of a run's last model file."""
-    return max((folder / "checkpoints").glob("step-*")).joinpath("model.safetensors").read_bytes()
+    """The bytes of a run's last model file; of all state where the parties keep their own parts of the model."""
+    last = max((folder / "checkpoints").glob("step-*"))
+    model = last / "model.safetensors"
+    return model.read_bytes() if model.is_file() else (last / "manifest.json").read_bytes()
 
 
 def values(folder: Path) -> list[tuple[Any, ...]]:
