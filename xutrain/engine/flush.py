@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from xutrain.data.base import Batch
 from xutrain.engine.pace import Pace
@@ -54,7 +54,11 @@ class MicroBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         index = self.batch * self.micro_batches + self.seen
         self.seen += 1
-        y = checkpoint(self._pass, x, index, use_reentrant=False, context_fn=self._contexts) if self.recompute else self._pass(x, index)
+        if self.recompute:
+            with set_checkpoint_early_stop(False):  # a padded recomputation takes its whole time
+                y = checkpoint(self._pass, x, index, use_reentrant=False, context_fn=self._contexts)
+        else:
+            y = self._pass(x, index)
         assert isinstance(y, Tensor)
         lingered: Tensor = _Linger.apply(y, self)  # type: ignore[no-untyped-call]
         return lingered
