@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/pretrain.py [--size mini] [--context 64] [--batch 8] [--steps 60] [--repeats 5]
 
 Both loops run in this process, in turns; seconds are of this process's CPU time, which other work on the machine disturbs least, and
-the best turn of each counts. Prints one JSON document. The bare loop is torch.optim.AdamW with clipping and a cosine rate; ours is one worker of DSM (tau 12), which
-also records, counts bits and takes the global step.
+the best turn of each counts. Prints one JSON document. The bare loop is torch.optim.AdamW with clipping and a cosine rate; ours is one
+worker of DSM (tau 12), which also records, counts bits and takes the global step.
 """
 
 from __future__ import annotations
