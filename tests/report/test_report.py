@@ -232,3 +232,14 @@ def test_margins(op: str, gap: float, margin: float, holds: bool) -> None:
         }
     )
     assert claims._holds(claim, gap) is holds
+
+
+def test_metrics_made_of_curves(fill: Any, runs: Path) -> None:
+    part_table = fill(VALUES)
+    found = build.runs.read(sorted((runs / "quantize" / "orq").glob("*/seed0"))[0])
+    last = found.metrics["test_accuracy"]
+    assert claims.value(found, "curve_mean:test_accuracy") == pytest.approx(0.75 * last)
+    assert claims.value(found, f"reach:test_accuracy:{0.75 * last}:step") == pytest.approx(2.0)
+    assert claims.value(found, f"reach:test_accuracy:{0.75 * last}:bits_up") == pytest.approx(1500.0)
+    assert claims.value(found, f"reach:test_accuracy:{0.75 * last}:test_loss") == pytest.approx(1 - 0.75 * last)
+    assert claims.value(found, "reach:test_accuracy:2:step") is None and part_table.cells

@@ -82,13 +82,8 @@ def _collect(names: list[str], scale: str, smoke: bool, out: Path) -> tuple[dict
         if not sections:
             raise UsageError(Issue("SUITE", f"nothing of this has the scale {scale}", " ".join(names)))
         name = "-".join(Path(n).stem for n in names) + ("" if scale == "cpu" else f"-{scale}")
-        title = (
-            sections[0]["title"]
-            if len(sections) == 1
-            else f"xutrain: {', '.join(names)}"
-            if names != ["all"]
-            else "xutrain: ten papers, reproduced"
-        )
+        papers = len({s["paper"]["id"] for s in sections} - {""})
+        title = sections[0]["title"] if len(sections) == 1 else f"xutrain: {papers} paper{'s' * (papers > 1)} in {len(sections)} suites"
     cells = [c for s in sections for c in s["cells"]]
     claims = [c for s in sections for c in s["claims"]]
     count = {

@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from xutrain.engine.record import read_json, write_json
-from xutrain.errors import Issue, RecipeError, XutrainError
+from xutrain.errors import Failed, Issue, RecipeError, XutrainError
 from xutrain.launch.plan import RunPlan, plan
 from xutrain.launch.run import launch
 from xutrain.launch.torchrun import die_with_parent
@@ -237,9 +237,9 @@ def main() -> None:
         try:
             loaded = load(wanted["config"], None, wanted["overrides"], smoke=wanted["smoke"], seed=wanted["seed"])
             prepared = plan(loaded, out=Path(wanted["out"]), nproc=wanted["nproc"], verbosity=-1)
-            assert str(prepared.folder) == wanted["folder"], (
-                f"{prepared.folder} is not {wanted['folder']}: the recipe changed during the sweep"
-            )
+            if str(prepared.folder) != wanted["folder"]:
+                what = f"was changed while the sweep ran: its run would be {prepared.folder}"
+                raise Failed(Issue(wanted["config"], what, has_value=False, hint="start the sweep again"))
             result = launch(prepared)
         except XutrainError as error:
             lines = [line for issue in error.issues for line in issue.lines()]

@@ -31,6 +31,8 @@ def spread(value: dict[str, Any] | None, count: bool = True) -> str:
     if not std or not math.isfinite(std):
         return f"{number(value['mean'])}{n}"
     decimals = max(0, 1 - math.floor(math.log10(std)))
+    if abs(value["mean"]) < 1e-3 and decimals > 4:
+        return f"{value['mean']:.2e} ± {std:.1e}{n}"
     if decimals > 7 or abs(value["mean"]) >= 1e6:
         return f"{number(value['mean'])} ± {std:.1e}{n}"
     return f"{number(value['mean'], decimals)} ± {std:.{decimals}f}{n}"
@@ -41,6 +43,11 @@ def paper_number(cell: dict[str, Any]) -> str:
     if said is None:
         return "not known"
     return number(said["value"]) + (f" ± {said['std']:.2g}" if said["std"] is not None else "")
+
+
+def error(value: float) -> str:
+    """A standard error in two digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def signed(value: float | None) -> str:
@@ -111,7 +118,7 @@ def html(report: dict[str, Any]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        number=number, spread=spread, signed=signed, words=words, verdict=verdict, trace=trace, paper_number=paper_number
+        number=number, error=error, spread=spread, signed=signed, words=words, verdict=verdict, trace=trace, paper_number=paper_number
     )
     count = 0
     pictures: dict[str, list[dict[str, Any]]] = {}
