@@ -82,7 +82,7 @@ def tls() -> None:
         with tempfile.TemporaryDirectory() as folder:
             simulate(from_dict("vertical", raw), Path(folder), lambda text: None)
             lines = [json.loads(line) for line in (Path(folder) / "mean" / "history.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if "train_objective" in line]
+        lines = [line for line in lines if "objective" in line]
         first, last = lines[0], lines[-1]
         rate = (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
         print(f"{batch:6}{in_flight:10}{rate:10.0f}{rate * batch:11.0f}{1000 / rate:9.2f}", flush=True)

@@ -119,7 +119,7 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
             net.count(ctx.meter)
             found = measure(recipe, job, references)
             record.log(done, found, epoch=done / epoch)
-            record.progress(done, plan.total_steps, objective=found["train_objective"])
+            record.progress(done, plan.total_steps, objective=found["objective"])
         if checkpoints.due(done):
             _save(checkpoints, job, ctx, done)
 
@@ -159,8 +159,8 @@ def measure(recipe: Any, job: Job, references: References) -> dict[str, float]:
     totals = _sum(gather([m.contribution() for m in hosted]))
     held = _sum(gather(test)) if len(job.data.y_test) else None
     found = scores(job.methods[0], job.data, totals, held, 0.5 * recipe.train.weight_decay * norm, references.minimum)
-    if not np.isfinite(found["train_objective"]):
-        raise Diverged(Issue(f"step {job.net.steps}", "the objective is not finite", found["train_objective"], "lower train.lr"))
+    if not np.isfinite(found["objective"]):
+        raise Diverged(Issue(f"step {job.net.steps}", "the objective is not finite", found["objective"], "lower train.lr"))
     return {**found, "virtual_time": job.net.now}
 
 

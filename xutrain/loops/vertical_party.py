@@ -307,7 +307,7 @@ class Process:
         loss = self.seat.method.objective(totals, y)
         found = {f"{split}_{k}": v for k, v in quality(task, totals, y).items()}
         if split == "train":
-            found["train_objective"] = loss + 0.5 * self.recipe.train.weight_decay * norm
+            found["objective"] = loss + 0.5 * self.recipe.train.weight_decay * norm
         else:
             found["test_loss"] = loss
         self.scores.update(found)

@@ -50,15 +50,17 @@ def quality(task: str, totals: Array, y: NDArray) -> dict[str, float]:
 def scores(
     method: VerticalMethod, data: VerticalData, totals: Array, held: Array | None, penalty: float, minimum: float | None
 ) -> dict[str, float]:
-    """All metrics of one look: train_*, test_* where there are test rows, the gap to the optimum where it is known."""
+    """All metrics of one look: objective, train_*, test_* and auc (of the test rows where there are some), the gap to the optimum."""
     objective = method.objective(totals, data.y) + penalty
-    found = {"train_objective": objective}
+    found = {"objective": objective}
     if minimum is not None:
         found["gap"] = objective - minimum
     found.update({f"train_{k}": v for k, v in quality(data.task, totals, data.y).items()})
     if held is not None:
         found["test_loss"] = method.objective(held, data.y_test)
         found.update({f"test_{k}": v for k, v in quality(data.task, held, data.y_test).items()})
+    if data.task == "binary":
+        found["auc"] = found.get("test_auc", found["train_auc"])
     return found
 
 
