@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from xutrain.cli.app import run
+from xutrain.engine.record import read_json
 from xutrain.errors import UsageError
 from xutrain.launch import cluster, slurm
 from xutrain.launch.plan import plan
@@ -61,7 +62,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     texts = {
         "srun": SRUN.format(python=sys.executable),
         "sbatch": LOGGED.format(name="sbatch", then=f"{count}; echo $n"),
-        "scontrol": LOGGED.format(name="scontrol", then=""),
+        "scontrol": LOGGED.format(name="scontrol", then='echo "JobState=${FAKE_STATE:-RUNNING}"'),
         "scancel": LOGGED.format(name="scancel", then=""),
         "squeue": LOGGED.format(name="squeue", then='echo "${FAKE_QUEUE:-}"'),
     }
@@ -278,7 +279,7 @@ def test_no_endless_requeue(tmp_path: Path, fake: Path) -> None:
     slurm.launch([prepared], None)
     folder = prepared.folder
     stuck = _start(folder / "job.sbatch", folder, FAKE_STUCK="1")
-    _wait_for(lambda: json.loads((folder / "state.json").read_text())["status"] == "running")
+    _wait_for(lambda: read_json(folder / "state.json").get("status") == "running")
     stuck.send_signal(signal.SIGUSR2)
     assert stuck.wait(60) == 75 and "no step was saved" in stuck.stdout.read()  # type: ignore[union-attr]
     often = _start(folder / "job.sbatch", folder, SLURM_RESTART_COUNT="20")
@@ -290,12 +291,18 @@ def test_no_endless_requeue(tmp_path: Path, fake: Path) -> None:
     _wait_for(lambda: _saved(folder) > before)
     (folder / "STOP").touch()
     assert person.wait(60) == 75
-    ended = _start(folder / "job.sbatch", folder)
+    cancelled = _start(folder / "job.sbatch", folder, FAKE_STATE="CANCELLED")
     before = _saved(folder)
     _wait_for(lambda: _saved(folder) > before)
-    ended.send_signal(signal.SIGTERM)
-    assert ended.wait(60) == 75, "scancel, or a preemption after which SLURM itself requeues"
-    assert "scontrol" not in fake.read_text()
+    cancelled.send_signal(signal.SIGTERM)
+    assert cancelled.wait(60) == 75
+    assert "scontrol requeue" not in fake.read_text()
+    preempted = _start(folder / "job.sbatch", folder)
+    before = _saved(folder)
+    _wait_for(lambda: _saved(folder) > before)
+    preempted.send_signal(signal.SIGTERM)
+    assert preempted.wait(60) == 75
+    assert fake.read_text().count("scontrol requeue") == 1
 
 
 def test_stop_left_by_a_killed_job(tmp_path: Path, fake: Path) -> None:

@@ -54,7 +54,7 @@ def _devices() -> Check:
 def _processes(backend: str, count: int) -> Check:
     """A message between processes and back, and a large one: all_reduce of 1 and of 2^20 float32."""
     method = "fork" if backend == "gloo" and "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     with tempfile.TemporaryDirectory() as folder:
         receiver, sender = context.Pipe(duplex=False)
         children = [context.Process(target=_talk, args=(backend, r, count, f"{folder}/store", sender), daemon=True) for r in range(count)]

@@ -46,7 +46,7 @@ def find(config: str, verb: str | None = None) -> tuple[Path, str | None]:
         RecipeError: nothing is called so (names the nearest), or it belongs to another verb.
     """
     path = Path(config).expanduser()
-    if path.is_file():
+    if _is_file(path):
         return path, _verb_of(path)
     known = dict(_files())
     stem = config.removesuffix(".yaml").removesuffix(".yml").strip("/")
@@ -118,10 +118,17 @@ def merged(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], st
     return lay_over(base, raw), text
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the file system
+        return False
+
+
 def _parent(path: Path, name: str) -> Path:
     wanted = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
     for place in (path.parent, *roots()):
-        if (place / wanted).is_file():
+        if _is_file(place / wanted):
             return place / wanted
     hint = "a path relative to the recipe, or to configs/ (such as base/digits.yaml)"
     raise RecipeError(Issue(f"{path}: extends", "no such recipe", name, hint))

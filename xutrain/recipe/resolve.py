@@ -82,6 +82,8 @@ def options(kind: str, name: str, values: dict[str, Any], verb: str | None = Non
 
 def _import_plugins(plugins: Any) -> None:
     for module in plugins if isinstance(plugins, list) else []:
+        if not all(part.isidentifier() for part in str(module).split(".")):
+            raise RecipeError(Issue("plugins", "is not the name of a Python module", module, "dots between words, such as my_lab.codecs"))
         try:
             importlib.import_module(str(module))
         except ImportError as error:
