@@ -20,7 +20,9 @@ LAYERS = ["cli", "report", "launch", "worker", "loops", "methods", "engine"]
 def _imports(path: Path) -> set[str]:
     """Modules that a file imports, inside functions too; what only type checkers read does not count."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    skipped = {id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) for n in ast.walk(node)}
+    skipped = {
+        id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) for n in ast.walk(node)
+    }
     found = set()
     for node in ast.walk(tree):
         if id(node) in skipped:

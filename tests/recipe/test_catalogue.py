@@ -13,7 +13,9 @@ from xutrain.recipe import catalog
 from xutrain.recipe.load import load
 
 CONFIGS = Path(registry.__file__).parent.parent / "configs"
-RECIPES = sorted(f"{verb}/{path.relative_to(CONFIGS / verb).with_suffix('')}" for verb in FAMILIES for path in (CONFIGS / verb).rglob("*.yaml"))
+RECIPES = sorted(
+    f"{verb}/{path.relative_to(CONFIGS / verb).with_suffix('')}" for verb in FAMILIES for path in (CONFIGS / verb).rglob("*.yaml")
+)
 
 
 def test_the_catalogue_sees_every_file() -> None:

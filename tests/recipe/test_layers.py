@@ -47,8 +47,25 @@ def test_resolved_recipes_read_back_to_themselves() -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-3", 0.001), ("1e3", 1000), ("1.5e3", 1500.0), ("off", "off"), ("yes", "yes"), ("true", True), ("012", 12), ("1_000", 1000), ("-.5", -0.5), ("~", None), ("1:30", "1:30"), ("2020-01-01", "2020-01-01"), ("+3", 3), ("1e", "1e"), (".", "."), ("-", "-")],
-)  # fmt: skip
+    [
+        ("1e-3", 0.001),
+        ("1e3", 1000),
+        ("1.5e3", 1500.0),
+        ("off", "off"),
+        ("yes", "yes"),
+        ("true", True),
+        ("012", 12),
+        ("1_000", 1000),
+        ("-.5", -0.5),
+        ("~", None),
+        ("1:30", "1:30"),
+        ("2020-01-01", "2020-01-01"),
+        ("+3", 3),
+        ("1e", "1e"),
+        (".", "."),
+        ("-", "-"),
+    ],
+)
 def test_scalars(text: str, value: object) -> None:
     if text == "-":
         with pytest.raises(RecipeError):

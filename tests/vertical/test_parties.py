@@ -82,7 +82,7 @@ def run_all(recipe: Any, folder: Path) -> dict[str, Any]:
 def test_three_parties_reach_the_optimum_and_predict(tmp_path):
     recipe = job(tmp_path, train__epochs=45, train__lr=0.8, train__batch_size=64)
     results = run_all(recipe, tmp_path)
-    assert results["mean"]["train_objective"] == pytest.approx(BC3, abs=1e-5)
+    assert results["mean"]["objective"] == pytest.approx(BC3, abs=1e-5)
     assert results["mean"]["train_auc"] == pytest.approx(0.99670, abs=1e-3)
     models = {p: json.loads((tmp_path / "out" / p / f"model.{p}.json").read_text()) for p in NAMES}
     lines = [json.loads(line) for line in (tmp_path / "out" / "error" / "ledger.error.jsonl").read_text().splitlines()]
@@ -122,7 +122,7 @@ def test_other_estimators_and_lock_step(tmp_path, estimator, mode):
 
         same = recipe.model_dump(exclude={"network", "data"}) | {"data": {"name": "breast_cancer"}}
         alone = run_through(from_dict("vertical", {k: v for k, v in same.items() if v is not None}))
-        assert results["mean"]["train_objective"] == pytest.approx(objective(alone), abs=1e-7)
+        assert results["mean"]["objective"] == pytest.approx(objective(alone), abs=1e-7)
 
 
 def test_an_absent_party_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_path):
@@ -142,7 +142,7 @@ def test_an_absent_party_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_pa
     assert all(isinstance(r, Stopped) and r.exit_code == 75 for r in results.values()), results
     assert "worst" in str(results["mean"])
     results = run_all(recipe, tmp_path)
-    assert results["mean"]["train_objective"] == pytest.approx(BC3, abs=1e-3)
+    assert results["mean"]["objective"] == pytest.approx(BC3, abs=1e-3)
 
 
 def test_a_missing_party_ends_the_wait_with_its_name(tmp_path):

@@ -144,7 +144,8 @@ class TorchOptimizer:
         others = [p for p in self.parameters if not (options.decay == "all" or p.ndim >= 2)]
         groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
         try:
-            self.optimizer = cls([g for g in groups if g["params"]], lr=options.lr, **options.torch_options)
+            build: Any = cls  # every optimizer that is allowed here takes lr; the base class does not say so
+            self.optimizer = build([g for g in groups if g["params"]], lr=options.lr, **options.torch_options)
         except (TypeError, ValueError) as reason:
             raise RecipeError(
                 Issue("optimizer.torch_options", f"{options.torch_class} refuses them: {reason}", options.torch_options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from xutrain.errors import Issue, RecipeError
 from xutrain.recipe.pipeline import Split
 
 
-def layers_of(module: nn.Module) -> list[nn.Module]:
+def layers_of(module: Any) -> list[nn.Module]:
     """The layers whose composition is the network. Raises RecipeError for a network that does not say them."""
     if hasattr(module, "layers"):
         return list(module.layers())
@@ -112,7 +113,7 @@ def block_of(layers: Sequence[nn.Module], start: int, stop: int) -> nn.Sequentia
     block = nn.Sequential(*layers[start:stop])
     for part in block.modules():
         if getattr(part, "inplace", False) is True:
-            part.inplace = False
+            setattr(part, "inplace", False)  # noqa: B010, nn.Module declares its attributes as tensors
     return block
 
 

@@ -47,7 +47,9 @@ def build(recipe: Any, ctx: Context, task: Task | None = None) -> Job:
     workers = ctx.workers(recipe.workers, recipe.exchange.reduction)
     if recipe.workers * recipe.train.batch_size > task.num_train:
         hint = f"{recipe.workers} workers x {recipe.train.batch_size} samples; lower train.batch_size or workers"
-        raise RecipeError(Issue("train.batch_size", f"a global batch is larger than the {task.num_train} training samples", recipe.train.batch_size, hint))
+        raise RecipeError(
+            Issue("train.batch_size", f"a global batch is larger than the {task.num_train} training samples", recipe.train.batch_size, hint)
+        )
     ctx.seed_torch("init")
     module: nn.Module = registry.load("model", recipe.model.name).build(recipe.model, task).to(ctx.device)
     replica = Replica(module)
@@ -175,9 +177,15 @@ def _precision(precision: str, ctx: Context) -> Any:
 def _refuse_non_finite(losses: list[float], grads: list[Tensor], hosted: range, step: int) -> None:
     for loss, grad, worker in zip(losses, grads, hosted, strict=True):
         if not bool(torch.isfinite(grad.sum())) and not bool(torch.isfinite(grad).all()) and math.isfinite(loss):
-            raise Diverged(Issue(f"step {step}, worker {worker}", "the gradient is not finite", has_value=False, hint="lower optimizer.lr, or warm up"))
+            raise Diverged(
+                Issue(f"step {step}, worker {worker}", "the gradient is not finite", has_value=False, hint="lower optimizer.lr, or warm up")
+            )
         if not math.isfinite(loss):
-            raise Diverged(Issue(f"step {step}, worker {worker}", "the loss is not finite", loss, "lower optimizer.lr, set train.clip_norm, or warm up"))
+            raise Diverged(
+                Issue(
+                    f"step {step}, worker {worker}", "the loss is not finite", loss, "lower optimizer.lr, set train.clip_norm, or warm up"
+                )
+            )
 
 
 def _share_buffers(policy: str, job: Job, ctx: Context) -> None:
@@ -218,7 +226,12 @@ def _save(checkpoints: Checkpoints, job: Job, ctx: Context, step: int) -> None:
     model = next(iter(job.method.deploy().values()))
     job.replica.load_buffers(job.workers.mean(job.buffers))
     states = {w: {**workers.get(w, {}), "buffers": b} for w, b in zip(job.workers.hosted, job.buffers, strict=True)}
-    checkpoints.save(step, shared={"method": shared, "meter": ctx.meter.state(), "codec": job.exchange.codec.state()}, workers=states, model=job.replica.named(model))
+    checkpoints.save(
+        step,
+        shared={"method": shared, "meter": ctx.meter.state(), "codec": job.exchange.codec.state()},
+        workers=states,
+        model=job.replica.named(model),
+    )
 
 
 def _restore(job: Job, saved: Saved, ctx: Context, record: Record) -> int:
@@ -252,12 +265,20 @@ def _adopt(job: Job, recipe: Any, ctx: Context, record: Record) -> int:
     if saved is None:
         return 0
     if saved.shared["method"]["x"].numel() != job.replica.numel:
-        raise RecipeError(Issue("resume_from", f"holds a model of {saved.shared['method']['x'].numel()} parameters, this recipe's has {job.replica.numel}", recipe.resume_from))
+        raise RecipeError(
+            Issue(
+                "resume_from",
+                f"holds a model of {saved.shared['method']['x'].numel()} parameters, this recipe's has {job.replica.numel}",
+                recipe.resume_from,
+            )
+        )
     mean = _mean_state([saved.worker(w) for w in saved.workers])
     job.method.load_state(saved.shared["method"], lambda worker: {k: v.clone() for k, v in mean.items()})
     job.buffers = [mean["buffers"].clone() for _ in job.workers.hosted]
     job.exchange.codec.load_state(saved.shared.get("codec", {}))
-    record.note(f"went on from step {saved.step} of {recipe.resume_from}: {job.workers.count} workers took the mean state of {len(saved.workers)}")
+    record.note(
+        f"went on from step {saved.step} of {recipe.resume_from}: {job.workers.count} workers took the mean state of {len(saved.workers)}"
+    )
     return saved.step
 
 

@@ -133,13 +133,13 @@ class Uplink:
                 yield self.receive(sent.head, sent.coded, sent.plain), sent.head["loss"]
             return
         hosted = self.workers.hosted
-        mine = {client: work(client) for client in clients if client in hosted}
+        mine: dict[int, Sent | None] = {client: work(client) for client in clients if client in hosted}
         processes = self.ctx.workers(self.ctx.processes)
-        heads = {k: v for block in processes.objects([{c: s.head for c, s in mine.items()}]) for k, v in block.items()}
+        heads = {k: v for block in processes.objects([{c: s.head for c, s in mine.items() if s}]) for k, v in block.items()}
         for client in clients:
-            head, sent = heads[client], mine.pop(client, None)
-            coded = self._pass_on(client, head, True, sent.coded if sent else None, torch.uint8)
-            plain = self._pass_on(client, head, False, sent.plain if sent else None, torch.float32)
+            head, own = heads[client], mine.pop(client, None)
+            coded = self._pass_on(client, head, True, own.coded if own else None, torch.uint8)
+            plain = self._pass_on(client, head, False, own.plain if own else None, torch.float32)
             yield self.receive(head, coded, plain), head["loss"]
 
     def _pass_on(self, client: int, head: dict[str, Any], encoded: bool, mine: list[Tensor] | None, dtype: torch.dtype) -> list[Tensor]:

@@ -53,11 +53,22 @@ class Exchange:
         self.sums = codec.dense or codec.shared_support or codec.collective  # messages that can be added as they are
         if self.ring and not self.sums:
             hint = "set exchange.reduction=exact, or codec=fp"
-            raise RecipeError(Issue("exchange.reduction", f"ring adds plain numbers, which payloads of {codec.label} are not", "ring", hint))
+            raise RecipeError(
+                Issue("exchange.reduction", f"ring adds plain numbers, which payloads of {codec.label} are not", "ring", hint)
+            )
         if mode == "alltoall" and codec.per_tensor:
-            raise RecipeError(Issue("exchange.mode", f"alltoall cuts the vector into shards, and {codec.label} works tensor by tensor", mode, "set exchange.mode=allgather"))
+            raise RecipeError(
+                Issue(
+                    "exchange.mode",
+                    f"alltoall cuts the vector into shards, and {codec.label} works tensor by tensor",
+                    mode,
+                    "set exchange.mode=allgather",
+                )
+            )
         if mode == "ps" and codec.collective:
-            raise RecipeError(Issue("exchange.mode", f"{codec.label} is two all-reduces without a server", mode, "set exchange.mode=allgather"))
+            raise RecipeError(
+                Issue("exchange.mode", f"{codec.label} is two all-reduces without a server", mode, "set exchange.mode=allgather")
+            )
 
     def mean(self, vectors: Sequence[Tensor], key: Key, part: str = "gradient", *, want_sent: bool = False) -> Result:
         """The mean over workers of what the codec makes of each vector.
@@ -195,7 +206,9 @@ class Exchange:
     def _sizes(self, length: int) -> list[int]:
         return [self.codec.payload_bits(length) // 8] * self.workers.count
 
-    def _average(self, everyone: Sequence[Tensor], length: int, key: Key, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
+    def _average(
+        self, everyone: Sequence[Tensor], length: int, key: Key, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, list[Tensor]]:
         """Decode all messages and add them in worker order."""
         total: Tensor | None = None
         mine = []
@@ -225,8 +238,15 @@ class Exchange:
         workers, codec = self.workers, self.codec
         length, shards = vectors[0].numel(), self.shards(vectors[0].numel())
         sizes = [codec.payload_bits(stop - start) // 8 for start, stop in shards]
-        first = [[codec.encode(v[a:b], key.fold(stream=f"shard{j}", worker=w)).data for j, (a, b) in enumerate(shards)] for w, v in zip(workers.hosted, vectors, strict=True)]
-        sent = [torch.cat([codec.decode(Payload(d, b - a)) for d, (a, b) in zip(row, shards, strict=True)]) for row in first] if want_sent else []
+        first = [
+            [codec.encode(v[a:b], key.fold(stream=f"shard{j}", worker=w)).data for j, (a, b) in enumerate(shards)]
+            for w, v in zip(workers.hosted, vectors, strict=True)
+        ]
+        sent = (
+            [torch.cat([codec.decode(Payload(d, b - a)) for d, (a, b) in zip(row, shards, strict=True)]) for row in first]
+            if want_sent
+            else []
+        )
         received = self.scatter(first, sizes)
         second = []
         for j in workers.hosted:

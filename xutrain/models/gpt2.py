@@ -75,7 +75,8 @@ def _module(layers: int, heads: int, width: int, context: int, vocabulary: int, 
             logits: Tensor = super().forward(input_ids=input_ids, use_cache=False).logits
             return logits
 
-    config = GPT2Config(
+    make: Any = GPT2Config  # transformers' stubs leave out what it passes on to its base
+    config = make(
         vocab_size=vocabulary,
         n_positions=context,
         n_embd=width,

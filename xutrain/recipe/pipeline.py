@@ -54,7 +54,9 @@ class Runtime(Options):
 class StageOptimizer(Optimizer):
     """Each stage's own optimizer, applied to its own gradient."""
 
-    name: Literal["sgd", "adam"] = Field("sgd", description="sgd with momentum, as in the paper; adam is outside the paper's analysis")
+    name: Literal["sgd", "adam"] = Field(  # type: ignore[assignment]
+        "sgd", description="sgd with momentum, as in the paper; adam is outside the paper's analysis"
+    )
     beta2: float = Field(0.999, ge=0, lt=1, description="adam: second-moment decay; momentum is the first")
     eps: float = Field(1e-8, gt=0, description="adam: added to the denominator")
 
