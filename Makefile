@@ -39,7 +39,7 @@ slurm-test: $(READY) ## jobs under a real SLURM of this machine (root; installs 
 slow: $(READY) ## the slow tests as well
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-PAPERS := orq saef def dsm domo fedsm auto-fedrl dsp afsgd moe-pruner
+PAPERS := $(sort $(shell sed -n 's/^group: *//p' configs/suites/*.yaml))
 SCALE ?= cpu
 CLUSTER ?=
 REPRODUCE := $(addprefix reproduce-,$(PAPERS))
