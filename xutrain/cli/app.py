@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import sys
@@ -12,7 +13,7 @@ import sys
 import typer
 
 from xutrain.cli import console, doctor, recipes, report, sweep, train
-from xutrain.errors import XutrainError
+from xutrain.errors import Issue, XutrainError
 from xutrain.families import FAMILIES
 
 app = typer.Typer(
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Run ten papers on compressed, distributed, federated and asynchronous training for real, under one protocol.",
+    help="Run papers on compressed, distributed, federated and asynchronous training for real, under one protocol.",
     epilog="Start with: xutrain quantize --config orq    What is there: xutrain ls    One recipe: xutrain show orq",
 )
 train.register(app)
@@ -30,6 +31,7 @@ recipes.register(app)
 sweep.register(app)
 report.register(app)
 doctor.register(app)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: groups of commands, imported by name when they are there
 GROUPS = {
     "data": "Prepare, verify and look at data sets.",
@@ -79,6 +81,14 @@ def run(arguments: list[str]) -> int:
         if "--json" in arguments:
             console.print_json({"status": "error", "exit_code": error.exit_code, "errors": [i.as_dict() for i in error.issues]})
         return error.exit_code
+    except OSError as error:  # the machine: a full disk, a folder that may not be written
+        place = str(error.filename or "the file system")
+        hint = "free some space, or give another --out; checkpoints that were written are whole" if error.errno in _FULL else ""
+        issue = Issue(place, error.strerror or str(error), hint=hint, has_value=False)
+        console.print_issues([issue])
+        if "--json" in arguments:
+            console.print_json({"status": "error", "exit_code": 1, "errors": [issue.as_dict()]})
+        return 1
     except KeyboardInterrupt:
         console.err.print("interrupted")
         return 130
