@@ -14,7 +14,7 @@ from xutrain import registry
 PACKAGE = Path(registry.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 #: who stands above whom; imports point downward only
-LAYERS = ["cli", "report", "launch", "worker", "loops", "methods", "engine"]
+LAYERS = ["cli", "launch", "worker", "loops", "methods", "engine"]
 
 
 def _imports(path: Path) -> set[str]:
