@@ -71,3 +71,21 @@ def test_killed_and_resumed_is_the_same_run(trained: Callable[..., Path], runs: 
     assert weights(cut.folder) == weights(whole.folder)
     assert values(cut.folder) == values(whole.folder)
     assert not list((cut.folder / "checkpoints").glob(".*.aside*"))
+
+
+@pytest.mark.parametrize("recipe", list(RUNS))
+def test_killed_before_the_first_checkpoint(runs: Path, recipe: str) -> None:
+    """The lines that the killed start wrote are not kept beside those of the next."""
+    from xutrain.launch.plan import plan
+    from xutrain.recipe.load import load
+
+    over = RUNS[recipe]
+    whole, cut = (plan(load(recipe, None, over, smoke=True), out=runs / name, verbosity=-1) for name in ("whole", "cut"))
+    for prepared in (whole, cut):
+        prepared.write()
+    assert _start(whole.folder) == 0
+    (cut.folder / "metrics.jsonl").write_text(
+        "".join((whole.folder / "metrics.jsonl").read_text().splitlines(keepends=True)[:3]) + '{"step": 4, "na'
+    )
+    assert _start(cut.folder) == 0
+    assert values(cut.folder) == values(whole.folder)

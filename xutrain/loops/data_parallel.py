@@ -75,6 +75,8 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
     checkpoints = Checkpoints(record.folder, recipe.checkpoint, ctx, record.note)
     stop = Stop(record.folder, ctx)
     saved = checkpoints.latest()
+    if saved is None:
+        record.rewind(-1)  # what a run wrote that was killed before its first checkpoint
     first = _restore(job, saved, ctx, record) if saved else _adopt(job, recipe, ctx, record)
     for text in job.method.notes():
         record.note(text)

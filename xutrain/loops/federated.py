@@ -142,6 +142,8 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
     checkpoints = Checkpoints(record.folder, recipe.checkpoint, ctx, record.note)
     stop = Stop(record.folder, ctx)
     saved = checkpoints.latest()
+    if saved is None:
+        record.rewind(-1)  # what a run wrote that was killed before its first checkpoint
     first = _restore(job, saved, ctx, record) if saved else 0
     rounds: int = recipe.train.rounds
     if first == 0 and ctx.is_main:

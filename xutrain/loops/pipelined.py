@@ -81,6 +81,8 @@ class Pipeline:
         self.checkpoints = Checkpoints(record.folder, recipe.checkpoint, ctx, record.note)
         self.stop = Stop(record.folder, ctx, every=recipe.runtime.poll)
         self.saved = self.checkpoints.latest()
+        if self.saved is None:
+            record.rewind(-1)  # what a run wrote that was killed before its first checkpoint
         self.job: Job = build(recipe, ctx, self.saved.shared["bounds"] if self.saved else None)
         self.method, self.delays = self.job.method, self.job.method.delays
         self.late = self.method.late and recipe.runtime.take == "late"

@@ -102,6 +102,7 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
     if saved:
         _restore(job, saved, ctx, record)
     else:
+        record.rewind(-1)  # what a run wrote that was killed before its first checkpoint
         for seat in job.seats:
             seat.begin(net)
     first = done = net.steps
