@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,15 @@ def _child(rank: int, processes: int, store: str, answer: Any, function: Callabl
     except BaseException:
         answer.send_bytes(pickle.dumps((False, f"rank {rank}:\n{traceback.format_exc()}")))
     os._exit(0)
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """A loop that a test calls directly leaves its handlers behind; the next test starts with the usual ones."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

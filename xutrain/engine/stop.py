@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -23,6 +24,7 @@ class Stop:
         self.file = folder / "STOP"
         self._workers = ctx.workers(ctx.processes)
         self._signalled = False
+        self._process = os.getpid()
         self._interrupts = 0
         self._calls = 0
         self._every = every
@@ -32,6 +34,10 @@ class Stop:
                 signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked child (a pool, a data loader) inherits the handler but is no run: it just ends
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         self._signalled = True
         if number == signal.SIGINT:
             self._interrupts += 1
