@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import importlib.util
 import sys
 
 import typer
@@ -54,8 +53,6 @@ def _root(version: bool = typer.Option(False, "--version", callback=_version, is
 
 def _groups() -> None:
     for name, text in GROUPS.items():
-        if importlib.util.find_spec(f"xutrain.cli.{name}") is None:
-            continue
         module = importlib.import_module(f"xutrain.cli.{name}")
         app.add_typer(module.app, name=name, help=text)
 

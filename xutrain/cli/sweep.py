@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xutrain.cli import console
+from xutrain.cli.train import show_jobs
 from xutrain.errors import Issue, UsageError
 
 if TYPE_CHECKING:
@@ -133,11 +133,8 @@ def _show_tables(tables: list[Table], out: Path) -> None:
 
 def _slurm(prepared: list[tuple[Table, list[Any]]], cluster: str | None, dry_run: bool, smoke: bool, out: Path, json: bool) -> None:
     """Hand the runs that are not finished to the job script of the verbs."""
+    from xutrain.launch import slurm
     from xutrain.launch.sweep import write_manifest
-
-    if importlib.util.find_spec("xutrain.launch.slurm") is None:
-        raise UsageError(Issue("--launcher", "slurm is not part of this version yet", "slurm", "leave --launcher out"))
-    from xutrain.launch import slurm  # type: ignore[attr-defined, unused-ignore]
 
     plans = [job.plan for _, work in prepared for job in work if job.status != "done"]
     if not dry_run:
@@ -150,4 +147,4 @@ def _slurm(prepared: list[tuple[Table, list[Any]]], cluster: str | None, dry_run
     if json:
         console.print_json(answer[0] if len(answer) == 1 else {"runs": answer})
     else:
-        slurm.show(answer)
+        show_jobs(answer)

@@ -84,7 +84,7 @@ def _verb(family: Family) -> Any:
         if launcher == "slurm":
             from xutrain.launch import slurm
 
-            _print(slurm.launch(plans, cluster, dry_run=dry_run, smoke=smoke), json, slurm.show)
+            _print(slurm.launch(plans, cluster, dry_run=dry_run, smoke=smoke), json, show_jobs)
             return
         if dry_run:
             _print([_forecast(p) for p in plans], json, _show_forecasts)
@@ -174,3 +174,16 @@ def _show_forecasts(values: list[dict[str, Any]]) -> None:
         rows += [["per worker and step", console.bits(value["bits"]["per_worker_step"])]]
         rows += [[k.replace("_", " "), v] for k, v in value["forecast"].items() if not isinstance(v, (dict, list))]
         console.table([f"dry run, seed {value['seed']}", "predicted"], rows)
+
+
+def show_jobs(values: list[dict[str, Any]]) -> None:
+    """For people: the scripts of a dry run, or the SLURM jobs and how to look at them."""
+    if any(v["status"] == "dry-run" for v in values):
+        for text in dict.fromkeys(v["script"] for v in values if v["script"]):
+            console.out.print(text, markup=False, end="")
+        return
+    console.table(
+        ["job", "status", "recipe", "seed", "folder"], [[v["job"], v["status"], v["recipe"], v["seed"], v["run"]] for v in values]
+    )
+    if any(v["job"] for v in values):
+        console.err.print("hint: squeue --me; xutrain runs ls; xutrain runs stop FOLDER saves and ends a run", markup=False)

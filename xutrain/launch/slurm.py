@@ -63,21 +63,6 @@ def launch(plans: list[RunPlan], cluster: str | None, *, dry_run: bool = False, 
     ]
 
 
-def show(values: list[dict[str, Any]]) -> None:
-    """For people: the scripts of a dry run, or the jobs and how to look at them."""
-    from xutrain.cli import console
-
-    if any(v["status"] == "dry-run" for v in values):
-        for text in dict.fromkeys(v["script"] for v in values if v["script"]):
-            console.out.print(text, markup=False, end="")
-        return
-    console.table(
-        ["job", "status", "recipe", "seed", "folder"], [[v["job"], v["status"], v["recipe"], v["seed"], v["run"]] for v in values]
-    )
-    if any(v["job"] for v in values):
-        console.err.print("hint: squeue --me; xutrain runs ls; xutrain runs stop FOLDER saves and ends a run", markup=False)
-
-
 @dataclass(frozen=True)
 class _Batch:
     """What one sbatch submits: a run by its own script, or several as an array."""
