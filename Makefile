@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := OMP_NUM_THREADS=1 $(BIN)/xutrain
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types check slurm-test slow bench report docs clean
+.PHONY: help setup demo test lint types slurm-test slow report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9_.%-]+:.*## / {printf "  %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
