@@ -38,6 +38,18 @@ def test_bit_equal_on_any_number_of_processes(trained: Callable[..., Path], code
         assert values(shared) == values(alone)
 
 
+@pytest.mark.parametrize("buffers", ["mean", "first", "local"])
+def test_batch_norm_on_any_number_of_processes(trained: Callable[..., Path], buffers: str) -> None:
+    """Statistics, and the count of batches that one worker has seen."""
+    over = ["model.name=resnet_cifar", "model.depth=8", "model.width=4", f"train.buffers={buffers}", "train.steps=3"]
+    alone = trained("orq", over, 1, out="1")
+    assert weights(trained("orq", over, 2, out="2")) == weights(alone)
+    from safetensors.torch import load_file
+
+    model = load_file(alone / "checkpoints" / "step-000003" / "model.safetensors")
+    assert int(model["bn.num_batches_tracked"]) == 3
+
+
 @pytest.mark.parametrize("mode", ["alltoall", "ps"])
 @pytest.mark.parametrize("codec", ["fp", "orq", "bingrad_b", "eden"])
 def test_exchange_modes_on_any_number_of_processes(trained: Callable[..., Path], codec: str, mode: str) -> None:

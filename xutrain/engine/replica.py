@@ -40,6 +40,7 @@ class Replica:
         self.numel = self.layout[-1].stop if self.layout else 0
         self._buffers = [(n, b) for n, b in module.named_buffers() if b.is_floating_point() and b.numel()]
         self.buffer_layout = _slices(self._buffers)
+        self._counters = [b for n, b in module.named_buffers() if n.endswith("num_batches_tracked")]
         self.num_buffer_elements = self.buffer_layout[-1].stop if self.buffer_layout else 0
 
     def read(self) -> Tensor:
@@ -66,9 +67,16 @@ class Replica:
             return torch.empty(0)
         return torch.cat([b.detach().reshape(-1).float() for _, b in self._buffers])
 
-    def load_buffers(self, vector: Tensor) -> None:
+    def load_buffers(self, vector: Tensor, passes: int = 0) -> None:
+        """Take statistics back, and set batch norm's count of batches to ``passes``.
+
+        The module's own count goes up with every worker that this process computes; what it should say is how many
+        batches one worker has seen.
+        """
         for (_, buffer), part in zip(self._buffers, self.buffer_layout, strict=True):
             buffer.copy_(vector[part.start : part.stop].view(part.shape))
+        for counter in self._counters:
+            counter.fill_(passes)
 
     def named(self, vector: Tensor) -> dict[str, Tensor]:
         """The module's state dict with the parameters taken from ``vector``: what a checkpoint or an export holds."""

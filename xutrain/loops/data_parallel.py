@@ -39,6 +39,7 @@ class Job:
     buffers: list[Tensor]
     steps: int
     steps_per_epoch: int
+    accumulate: int
 
 
 def build(recipe: Any, ctx: Context, task: Task | None = None) -> Job:
@@ -61,7 +62,8 @@ def build(recipe: Any, ctx: Context, task: Task | None = None) -> Job:
     theta = workers.broadcast(replica.read())  # rank 0's weights, whatever the others drew
     setup = Setup(theta, replica.layout, workers, exchange, recipe.optimizer, ctx, steps, recipe)
     method = registry.load("method", recipe.method.name, verb=recipe.verb)(recipe.method, setup)
-    return Job(task, replica, workers, exchange, method, [replica.buffers() for _ in workers.hosted], steps, per_epoch)
+    buffers = [replica.buffers() for _ in workers.hosted]
+    return Job(task, replica, workers, exchange, method, buffers, steps, per_epoch, recipe.train.accumulate)
 
 
 def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
@@ -226,7 +228,7 @@ def _cost(job: Job, ctx: Context) -> dict[str, float]:
 def _save(checkpoints: Checkpoints, job: Job, ctx: Context, step: int) -> None:
     shared, workers = job.method.state()
     model = next(iter(job.method.deploy().values()))
-    job.replica.load_buffers(job.workers.mean(job.buffers))
+    job.replica.load_buffers(job.workers.mean(job.buffers), passes=step * job.accumulate)
     states = {w: {**workers.get(w, {}), "buffers": b} for w, b in zip(job.workers.hosted, job.buffers, strict=True)}
     checkpoints.save(
         step,
