@@ -122,7 +122,7 @@ class Record:
 
     def rewind(self, step: int) -> None:
         """Drop the lines after ``step``, which a resumed run writes again, and go on with the clock of the last one kept."""
-        if not self.is_main:
+        if not self.is_main or not self._metrics.exists():
             return
         kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
         aside = self._metrics.with_suffix(".aside")
