@@ -77,6 +77,7 @@ def _seconds(chosen: Any, folder: Path) -> float:
     return pipeline.busy_s / chosen.train.steps
 
 
+@pytest.mark.slow  # a clock decides: not for a machine that does other things
 @pytest.mark.parametrize(("method", "units"), [("dsp", 4.0), ("bp", 9.0)])
 def test_sleeping_stages_keep_the_law(tmp_path: Path, method: str, units: float) -> None:
     """Blocks padded to 5 ms a unit: seconds per batch within 15% of the model, drained ticks included."""
