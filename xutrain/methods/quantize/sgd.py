@@ -3,7 +3,8 @@
     G = (1/K) sum_k Q(g^k);   momentum SGD on G, weight decay added after the exchange.
 
 Limit: codec fp is full-precision data-parallel SGD. With ``error_feedback`` (ours, not in the paper) each worker sends
-Q(g^k + e^k) and keeps e^k <- g^k + e^k - Q(g^k + e^k); e in gradient units, so an lr change does not rescale it.
+Q(g^k + e^k) and keeps e^k <- g^k + e^k - Q(g^k + e^k); e is in gradient units: what is held back when
+lr falls is later applied at the lower rate (the methods of `sparsify` keep it in parameter units instead).
 """
 
 from __future__ import annotations
