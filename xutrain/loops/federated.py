@@ -14,8 +14,7 @@ from xutrain.data.base import Task
 from xutrain.data.partition import Samples, deal
 from xutrain.engine.checkpoint import Checkpoints, Saved
 from xutrain.engine.context import Context
-from xutrain.engine.evaluate import evaluate
-from xutrain.engine.record import Record, write_json
+from xutrain.engine.record import Record
 from xutrain.engine.replica import Replica
 from xutrain.engine.rng import Key
 from xutrain.engine.schedule import factor
@@ -24,6 +23,7 @@ from xutrain.engine.workers import Workers
 from xutrain.errors import Issue, RecipeError, Stopped
 from xutrain.launch.plan import Forecast
 from xutrain.loops.clients import Bench, ClientData, Kept, Shard, shards
+from xutrain.loops.federated_eval import measure, over_rounds, write_partition
 from xutrain.loops.uplink import BUFFERS, Sent, Uplink
 from xutrain.methods.codecs.base import Codec
 from xutrain.methods.federate.base import FederatedMethod, Federation, Reply, Round, State
@@ -147,7 +147,7 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
     first = _restore(job, saved, ctx, record) if saved else 0
     rounds: int = recipe.train.rounds
     if first == 0 and ctx.is_main:
-        _write_partition(record, job)
+        write_partition(record, job)
 
     for index in range(first, rounds):
         if stop.requested(index):
@@ -170,7 +170,7 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
     if first < rounds or saved is None:
         record.log(rounds, {k: v for k, v in final.items() if k.startswith("train")}, round=rounds)
         _save(checkpoints, job, ctx, rounds)
-    return {**final, **_over_rounds(job.seen)}
+    return {**final, **over_rounds(job.seen)}
 
 
 def play(job: Job, setting: Round) -> dict[str, float]:
@@ -278,47 +278,6 @@ def forecast(recipe: Any) -> Forecast:
         "parts": {name: {"up": up, "down": down} for name, (up, down) in sorted(parts.items())},
     }
     return Forecast(rounds, sum(p[0] for p in parts.values()), sum(p[1] for p in parts.values()), recipe.participants, details)
-
-
-def measure(job: Job, ctx: Context, split: str) -> dict[str, float]:
-    """Metrics of what is served: the server's model, or for a personal method the mean over the clients' own models."""
-    size = job.bench.eval_batch
-    if not job.method.personal:
-        job.bench.point(job.method.served(job.server, {}))
-        if job.policy != "none":
-            job.replica.load_buffers(job.buffers)
-        return {f"{split}_{name}": value for name, value in evaluate(job.replica.module, job.task, split, ctx, size).items()}
-    alone = Context(ctx.seed, device=ctx.device)
-    mine = []
-    for client in job.workers.hosted:
-        kept = job.kept.get(client) or Kept({}, None)
-        job.bench.point(job.method.served(job.server, kept.state))
-        if job.policy != "none":
-            job.replica.load_buffers(job.buffers if kept.buffers is None else kept.buffers)
-        mine.append(evaluate(job.replica.module, job.task, split, alone, size))
-    everyone = job.workers.objects(mine)
-    return {f"{split}_{name}": sum(m[name] for m in everyone) / len(everyone) for name in everyone[0]}
-
-
-def _over_rounds(seen: list[dict[str, float]]) -> dict[str, float]:
-    """Mean and best over the measured rounds of whatever is better when larger."""
-    names = [n for n in seen[-1] if n.startswith("test_") and not n.endswith("loss")]
-    return {
-        **{f"mean_{n}": sum(s[n] for s in seen) / len(seen) for n in names},
-        **{f"best_{n}": max(s[n] for s in seen) for n in names},
-    }
-
-
-def _write_partition(record: Record, job: Job) -> None:
-    """Which client holds how many samples of which class, as a table beside the run."""
-    labels = job.task.labels
-    rows = []
-    for client, shard in enumerate(job.parts):
-        row: dict[str, Any] = {"client": client, "samples": len(shard.train), "val": len(shard.val), "steps": shard.steps}
-        if labels is not None:
-            row["classes"] = torch.bincount(labels[shard.train], minlength=job.task.num_classes).tolist()
-        rows.append(row)
-    write_json(record.artefact("partition.json"), {"clients": rows})
 
 
 def _save(checkpoints: Checkpoints, job: Job, ctx: Context, index: int) -> None:
