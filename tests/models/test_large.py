@@ -81,6 +81,8 @@ SMALL = [
     ("wide_resnet", {"depth": 10, "widen": 1, "dropout": 0.3}, (3, 32, 32)),
     ("vgg", {"depth": 11, "classifier": [32]}, (3, 32, 32)),
     ("vgg", {"depth": 11, "batch_norm": False, "dropout": 0.0}, (1, 64, 32)),
+    ("vgg", {"depth": 11, "norm": "group"}, (3, 32, 32)),
+    ("resnet_cifar", {"depth": 8, "width": 8, "norm": "group", "shortcut": "B"}, (3, 16, 16)),
     ("googlenet_cifar", {}, (3, 16, 16)),
     ("densenet_cifar", {"growth": 4, "blocks": [2, 2, 2]}, (3, 32, 32)),
     ("resnext_cifar", {"depth": 11, "cardinality": 2, "base_width": 4}, (3, 16, 16)),
@@ -105,6 +107,17 @@ def test_torchvision_checkpoints_fit() -> None:
     assert torch.equal(ours(x), theirs(x))
 
 
+@pytest.mark.parametrize("name", ["vgg", "resnet_cifar"])
+def test_group_norm_looks_at_one_sample_and_keeps_no_statistics(name: str) -> None:
+    torch.manual_seed(0)
+    net = build(name, norm="group", depth={"vgg": 11, "resnet_cifar": 8}[name], **({"dropout": 0.0} if name == "vgg" else {})).train()
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(net(x)[:1], net(x[:1]), rtol=1e-4, atol=1e-5)
+    assert not list(net.buffers())
+    with_batch = build(name, depth={"vgg": 11, "resnet_cifar": 8}[name])
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in with_batch.parameters())
+
+
 def test_vgg_init_is_that_of_the_papers() -> None:
     torch.manual_seed(0)
     net = dict(build("vgg", depth=11).named_parameters())
@@ -125,6 +138,12 @@ def test_dropout_is_a_function_of_the_global_generator() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "options", "match"),
     [
+        (
+            "resnet_cifar",
+            (3, 8, 8),
+            {"norm": "group", "norm_group": 5},
+            r"model\.norm_group: does not divide a layer of 16 channels \(got 5\)",
+        ),
         ("preresnet", (3, 32, 32), {"depth": 57}, r"model\.depth: must be 6n\+2 with basic blocks \(got 57\)"),
         ("preresnet", (3, 32, 32), {"depth": 168}, r"model\.depth: must be 9n\+2 with bottleneck"),
         ("wide_resnet", (3, 32, 32), {"depth": 20}, r"model\.depth: must be 6n\+4"),

@@ -40,14 +40,29 @@ def conv(inputs: int, outputs: int, size: int, stride: int = 1, *, groups: int =
     return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=bias)
 
 
+def norm(kind: str, channels: int, group: int) -> nn.Module:
+    """What follows a convolution: batch norm, or group norm over ``group`` channels at a time, which knows no other samples.
+
+    Raises:
+        RecipeError: ``group`` does not divide ``channels``.
+    """
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if channels % group:
+        raise option_issue(
+            "norm_group", f"does not divide a layer of {channels} channels", group, "a power of two up to the narrowest layer"
+        )
+    return nn.GroupNorm(channels // group, channels)
+
+
 def fan_out_init(module: nn.Module) -> None:
-    """Convolutions N(0, 2 / (k k c_out)) with bias 0, batch norm 1 and 0; linear layers keep torch's default."""
+    """Convolutions N(0, 2 / (k k c_out)) with bias 0, norms 1 and 0; linear layers keep torch's default."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.normal_(part.weight, 0.0, math.sqrt(2.0 / (part.kernel_size[0] * part.kernel_size[1] * part.out_channels)))
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.BatchNorm2d):
+        elif isinstance(part, nn.BatchNorm2d | nn.GroupNorm):
             nn.init.ones_(part.weight)
             nn.init.zeros_(part.bias)
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from xutrain.data.base import Task
-from xutrain.models.chain import Chain, conv, fan_out_init, image_shape
+from xutrain.models.chain import Chain, conv, fan_out_init, image_shape, norm
 from xutrain.registry import Named, model
 
 #: Convolutions of the five stages; each stage ends with max-pooling by 2. Depth counts two hidden linear layers and the classifier.
@@ -28,7 +28,11 @@ class Vgg:
     class Options(Named):
         name: str = "vgg"
         depth: Literal[11, 13, 16, 19] = Field(16, description="Number of weighted layers in the original counting.")
-        batch_norm: bool = Field(True, description="Batch norm after every convolution.")
+        batch_norm: bool = Field(True, description="A norm after every convolution.")
+        norm: Literal["batch", "group"] = Field(
+            "batch", description="Batch norm as published, or group norm, which knows no other samples."
+        )
+        norm_group: int = Field(16, ge=1, description="norm group: channels of a group; divides every layer's.")
         classifier: list[Annotated[int, Field(ge=1)]] = Field([512, 512], description="Widths of the hidden linear layers; [] for none.")
         dropout: float = Field(0.5, ge=0, lt=1, description="Probability of dropout before each hidden linear layer.")
 
@@ -40,7 +44,7 @@ class Vgg:
             for i, after in enumerate(widths, start=1):
                 layers.append((f"conv{s}_{i}", conv(before, after, 3, bias=True)))
                 if options.batch_norm:
-                    layers.append((f"bn{s}_{i}", nn.BatchNorm2d(after)))
+                    layers.append((f"bn{s}_{i}", norm(options.norm, after, options.norm_group)))
                 layers.append((f"relu{s}_{i}", nn.ReLU()))
                 before = after
             layers.append((f"pool{s}", nn.MaxPool2d(2)))
