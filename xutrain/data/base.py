@@ -47,6 +47,7 @@ class Task:
         num_train: number of training samples.
         labels: int64 of shape (num_train,) where the task has classes (partitions need it), else None.
         sites: int64 of shape (num_train,), the natural owner of each sample (hospital, writer), else None.
+        held_out: bool of shape (num_train,), the samples that the source itself sets aside for validation, where it does.
         watched, measured: splits that are evaluated during a run, and at its end.
     """
 
@@ -57,6 +58,7 @@ class Task:
     num_train: int
     labels: Tensor | None = None
     sites: Tensor | None = None
+    held_out: Tensor | None = None
     watched: tuple[str, ...] = ("test",)
     measured: tuple[str, ...] = ("train", "test")
 
