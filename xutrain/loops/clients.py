@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xutrain.data.base import Batch, Task
 from xutrain.engine.context import Context
 from xutrain.engine.replica import Replica, clip_norm
 from xutrain.engine.rng import Key
 from xutrain.errors import Issue, RecipeError
+from xutrain.loops.networks import Extra, WhoseSample
 from xutrain.methods.federate.base import State
 
 
@@ -44,16 +45,24 @@ class Shard:
         return self.train[torch.randperm(len(self.train), generator=Key(seed, "pass", pass_, client).generator())]
 
 
-def shards(parts: list[Any], clients: Any, train: Any, seed: int, *, pooled: bool = False) -> list[Shard]:
+def shards(parts: list[Any], clients: Any, train: Any, seed: int, *, pooled: bool = False, aside: Tensor | None = None) -> list[Shard]:
     """Shards of a partition under a recipe's ``clients`` and ``train`` sections.
 
     With ``pooled`` the first client holds the union, with a batch K times as large and as many steps as the others would do.
 
     Raises:
         RecipeError: a batch is larger than the smallest client's shard, or a client's validation part is empty.
+
+    ``aside`` (bool, one a training sample) marks what the data set itself keeps for validation; it wins over val_fraction.
     """
     held = []
     for k, part in enumerate(parts):
+        if aside is not None:
+            mine, out = torch.from_numpy(part), aside[torch.from_numpy(part)]
+            if bool(out.all()):
+                raise RecipeError(Issue("partition", f"client {k} has validation samples only", has_value=False, hint="change it"))
+            held.append((mine[~out].sort().values, mine[out].sort().values))
+            continue
         order = torch.from_numpy(part)[torch.randperm(len(part), generator=Key(seed, "client-split", 0, k).generator())]
         kept = round(clients.val_fraction * len(part))
         if clients.val_fraction and (kept == 0 or kept == len(part)):
@@ -123,6 +132,7 @@ class ClientData:
     taken: int
     losses: Tensor | None = None
     counted: int = 0
+    extras: dict[str, Extra] = field(default_factory=dict)
     _order: tuple[int, Tensor] | None = field(default=None, repr=False)
 
     def batch(self, step: int) -> Batch:
@@ -171,10 +181,39 @@ class ClientData:
         module.train()
         return {name: value / weight for name, (value, weight) in sums.items() if weight}
 
+    def of(self, name: str) -> WhoseSample:
+        """This client's problem for a further network."""
+        return WhoseSample(self.extras[name], self)
+
+    def taught_gradient(self, point: Tensor, teacher: Tensor, step: int) -> Tensor:
+        """Gradient of the loss plus KL(teacher || student), pixelwise Bernoulli on sigmoids or over classes; the teacher is fixed."""
+        bench = self.bench
+        batch = self.batch(step).to(bench.ctx.device)
+        bench.point(teacher)
+        with torch.no_grad():
+            wanted = bench.replica.module(batch.inputs)
+        bench.point(point)
+        bench.replica.zero_grad()
+        outputs = bench.replica.module(batch.inputs)
+        loss = bench.task.loss(outputs, batch)
+        self.losses = loss.detach() if self.losses is None else self.losses + loss.detach()
+        self.counted += 1
+        (loss + divergence(wanted, outputs)).backward()
+        return clip_norm(bench.replica.grad(), bench.train.clip_norm)
+
     @property
     def mean_loss(self) -> float:
         """Mean minibatch loss of this exchange; nan before any."""
         return float("nan") if self.losses is None else float(self.losses) / self.counted
+
+
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean KL(teacher || student) of logits: over the classes of (b, C), of every pixel's sigmoid for masks (b, C, ...)."""
+    if student.ndim == 2:
+        return nn.functional.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+    p = torch.sigmoid(teacher)
+    cross = nn.functional.binary_cross_entropy_with_logits(student, p)
+    return cross - nn.functional.binary_cross_entropy_with_logits(teacher, p)
 
 
 @dataclass

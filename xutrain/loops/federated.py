@@ -20,12 +20,13 @@ from xutrain.engine.rng import Key
 from xutrain.engine.schedule import factor
 from xutrain.engine.stop import Stop
 from xutrain.engine.workers import Workers
-from xutrain.errors import Issue, RecipeError, Stopped
+from xutrain.errors import Issue, Stopped
 from xutrain.launch.plan import Forecast
 from xutrain.loops.clients import Bench, ClientData, Kept, Shard, shards
+from xutrain.loops.federated_checks import check_combination
 from xutrain.loops.federated_eval import measure, over_rounds, write_partition
+from xutrain.loops.networks import Extra, build_networks, describe
 from xutrain.loops.uplink import BUFFERS, Sent, Uplink
-from xutrain.methods.codecs.base import Codec
 from xutrain.methods.federate.base import FederatedMethod, Federation, Reply, Round, State
 
 
@@ -38,6 +39,7 @@ class Job:
         kept: what the hosted clients keep.
         taken: local steps that each client has done so far, all clients.
         buffers: the server's batch-norm statistics.
+        extras: further networks that the method wants.
         seen: round and metrics of every measurement so far.
     """
 
@@ -52,6 +54,7 @@ class Job:
     server: State
     buffers: Tensor
     taken: list[int]
+    extras: dict[str, Extra] = field(default_factory=dict)
     kept: dict[int, Kept] = field(default_factory=dict)
     seen: list[dict[str, float]] = field(default_factory=list)
 
@@ -69,11 +72,8 @@ def build(recipe: Any, ctx: Context) -> Job:
     cls = registry.load("method", recipe.method.name, verb="federate")
     rule = registry.load("partition", recipe.partition.name)
     dealt = deal(rule, recipe.partition, samples_of(task), clients, task.num_classes, Key(recipe.seed, "partition").numpy())
-    parts = shards(dealt, recipe.clients, recipe.train, recipe.seed, pooled=cls.pooled)
-    if recipe.clients.steps == "own" and not cls.own_steps:
-        raise RecipeError(
-            Issue("clients.steps", f"{recipe.method.name} needs clients that do equally many steps", "own", "use clients.steps=equal")
-        )
+    aside = getattr(task, "held_out", None)
+    parts = shards(dealt, recipe.clients, recipe.train, recipe.seed, pooled=cls.pooled, aside=aside)
     ctx.seed_torch("init")
     module: nn.Module = registry.load("model", recipe.model.name).build(recipe.model, task).to(ctx.device)
     module.train()
@@ -81,30 +81,29 @@ def build(recipe: Any, ctx: Context) -> Job:
     workers = ctx.workers(clients)
     codec = registry.load("codec", recipe.codec.name)(recipe.codec, workers=recipe.per_round)
     codec.lay(replica.layout)
-    _check_codec(codec, recipe)
+    check_combination(recipe, cls, codec)
+    extras = build_networks(cls.networks(recipe.method, clients), task, ctx)
     federation = Federation(
-        clients, _weights(recipe, dealt), recipe.per_round < clients, recipe.seed, tuple((s.name, s.start, s.stop) for s in replica.layout)
+        clients,
+        _weights(recipe, dealt),
+        recipe.per_round < clients,
+        recipe.seed,
+        tuple((s.name, s.start, s.stop) for s in replica.layout),
+        tuple(s.shape for s in replica.layout),
+        replica.num_buffer_elements,
+        recipe.train.rounds,
+        {name: workers.broadcast(extra.replica.read()) for name, extra in extras.items()},
+        recipe.train.optimizer,
+        recipe.train.reset_optimizer,
     )
     method: FederatedMethod = cls(recipe.method, federation)
     theta = workers.broadcast(replica.read())  # rank 0's weights, whatever the others drew
     buffers = workers.broadcast(replica.buffers()) if replica.num_buffer_elements else replica.buffers()
     bench = Bench(task, replica, ctx, recipe.train, recipe.eval.batch_size)
     uplink = Uplink(ctx, workers, codec, recipe.uplink.error_feedback, silent=cls.silent)
-    policy = "none" if not replica.num_buffer_elements else "local" if cls.silent else recipe.train.buffers
-    return Job(task, replica, bench, workers, uplink, method, parts, policy, method.server_state(theta), buffers, [0] * clients)
-
-
-def _check_codec(codec: Codec, recipe: Any) -> None:
-    """Refuse codecs that an average of clients' messages cannot use."""
-    hint = "choose a codec whose messages are averaged; all: xutrain ls codecs"
-    name = recipe.codec.name
-    if type(codec).combine is not Codec.combine:
-        raise RecipeError(Issue("codec.name", "takes a vote over messages, which a weighted average of clients is not", name, hint))
-    if codec.collective:
-        raise RecipeError(Issue("codec.name", "needs several exchanges for one mean, and a client answers once", name, hint))
-    if recipe.uplink.error_feedback == "always" and codec.expands:
-        what = f"grows without bound with {name}, which is not contractive"
-        raise RecipeError(Issue("uplink.error_feedback", what, "always", "use auto or never"))
+    private = cls.silent or cls.private_buffers
+    policy = "none" if not replica.num_buffer_elements else "local" if private else recipe.train.buffers
+    return Job(task, replica, bench, workers, uplink, method, parts, policy, method.server_state(theta), buffers, [0] * clients, extras)
 
 
 def _weights(recipe: Any, dealt: list[Any]) -> tuple[float, ...]:
@@ -148,6 +147,8 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
     rounds: int = recipe.train.rounds
     if first == 0 and ctx.is_main:
         write_partition(record, job)
+    for remark in job.method.notes():
+        record.note(remark)
 
     for index in range(first, rounds):
         if stop.requested(index):
@@ -157,7 +158,7 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
         measured = play(job, setting)
 
         done = index + 1
-        record.progress(done, rounds, unit="round", loss=measured["local_loss"])
+        record.progress(done, rounds, unit="round", loss=measured.get("local_loss", float("nan")))
         if done % recipe.log.every == 0 or done == rounds:
             record.log(done, {**measured, "lr": setting.lr}, split="train", round=done)
         if done % recipe.eval.every == 0 or done == rounds:
@@ -217,7 +218,7 @@ class _Merged:
             kept = Kept(job.method.client_state(client))
         plan = job.method.plan(job.server, setting, client, self.exchange).copy()
         job.uplink.count_plan(plan)
-        problem = ClientData(job.bench, client, job.parts[client], job.taken[client])
+        problem = ClientData(job.bench, client, job.parts[client], job.taken[client], extras=job.extras)
         if job.policy != "none":
             start = kept.buffers if job.policy == "local" and kept.buffers is not None else job.buffers
             job.replica.load_buffers(start)
@@ -255,7 +256,7 @@ def forecast(recipe: Any) -> Forecast:
     for index in range(rounds if not job.method.silent else 0):
         setting = plan_round(recipe, job, index)
         count = len(setting.clients)
-        traffic = job.method.traffic(numel, previous)
+        traffic = job.method.traffic_in(setting, numel, previous)
         for name, numbers in traffic.down.items():
             parts.setdefault(name, [0, 0])[1] += count * 32 * numbers
         for name, numbers in traffic.up.items():
@@ -272,6 +273,7 @@ def forecast(recipe: Any) -> Forecast:
     details = {
         "parameters": numel,
         "buffers": job.buffers.numel(),
+        **describe(job.extras),
         "clients_per_round": 1 if job.method.pooled else recipe.per_round,
         "local_steps": {"min": min(steps), "max": max(steps)},
         "samples_per_client": {"min": min(len(s.train) for s in job.parts), "max": max(len(s.train) for s in job.parts)},

@@ -33,6 +33,8 @@ class FederatedTrain(Options):
     local_steps: int | None = Field(None, ge=1, le=10**8, description="Local steps P of a round; wins over local_epochs.")
     batch_size: int = Field(32, ge=1, le=10**7, description="Samples of a local step.")
     lr: float = Field(0.1, gt=0, le=1e6, description="Local learning rate at the schedule's factor 1.")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="What a local step is; adam with beta .9 and .999, eps 1e-8, no decay.")
+    reset_optimizer: bool = Field(False, description="Adam's moments start anew each round; else each client keeps its own.")
     weight_decay: float = Field(0.0, ge=0, le=1e3, description="L2 penalty, part of the local gradient.")
     clip_norm: float | None = Field(None, gt=0, description="Clip each local gradient to this L2 norm.")
     buffers: Literal["mean", "local"] = Field(
@@ -46,6 +48,11 @@ class FederatedEval(Options):
 
     every: int = Field(1, ge=1, description="Rounds between measurements on the test split.")
     batch_size: int = Field(500, ge=1, description="Samples per forward pass.")
+    sites: Literal["seen", "unseen", "all"] = Field(
+        "seen", description="Segmentation: whose test cases make test_dice: of sites that train, that do not, or both."
+    )
+    hausdorff: bool = Field(True, description="Segmentation: measure the 95 % Hausdorff distance at the end.")
+    overlays: int = Field(2, ge=0, le=20, description="Segmentation: pictures of prediction and truth a site at the end.")
 
 
 class Uplink(Options):

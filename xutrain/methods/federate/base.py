@@ -28,13 +28,23 @@ One round of `xutrain.loops.federated`, for a method ``m`` with server state S a
 A client asks its `Problem` for gradients; wrapping the problem changes the local objective (see ``proximal.py`` and
 ``control.py``), so momentum, correction and fusion compose. ``value(holder, name)`` reads an option that a knob of
 this round may override: an agent that puts ``knobs={"beta": 0.5}`` into the round needs no change in the method.
+
+Several networks. A method whose `networks` declares further ones (FedSM's selector) finds their initial flat vectors in
+`Federation.networks`; the loop builds each module once per process, and ``problem.of("selector")`` is the `Problem` of that
+network on the same client's samples: its loss is cross-entropy to the client's own number, its score an accuracy. Flat
+vectors stay the currency: such a vector travels under the name of its part ("model", "personal", "selector", "moments"),
+and ``traffic_in`` says how many numbers each part has in this very round. What is served may then be more than one vector:
+`committee` says which models there are and who chooses among them, and the evaluation asks it before ``served``.
+
+Local optimizer. ``local_steps.descend`` walks P local steps with the recipe's ``train.optimizer``; whoever calls it with a memory of its
+own keeps Adam's moments per client and per model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -55,6 +65,12 @@ class Federation:
         partial: some rounds leave clients out, so a client cannot rely on having seen the previous model.
         seed: seed of the run, for methods that draw numbers (through `engine.rng.Key`).
         names: name, start and stop of each parameter in the flat vector, for methods that treat layers differently.
+        shapes: the shape of each parameter, as ``names``.
+        buffers: length of the statistics beside the parameters, 0 where the model has none.
+        rounds: rounds R of the run, for methods that end with rounds of another kind.
+        networks: initial flat vectors of the further networks that the method declares.
+        optimizer: what a local step is, "sgd" or "adam".
+        reset_optimizer: the local optimizer starts anew in every round.
     """
 
     clients: int
@@ -62,6 +78,49 @@ class Federation:
     partial: bool = False
     seed: int = 0
     names: tuple[tuple[str, int, int], ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
+    buffers: int = 0
+    rounds: int = 0
+    networks: Mapping[str, Tensor] = field(default_factory=dict)
+    optimizer: str = "sgd"
+    reset_optimizer: bool = False
+
+
+@dataclass(frozen=True)
+class Network:
+    """A further network that a method wants beside the model.
+
+    Attributes:
+        kind: which, a name that ``xutrain.models.selector.build_selector`` knows.
+        outputs: its classes.
+        dims: spatial dimensions of its input: 2 on volumes means axial slices of them; None: those of the samples.
+        slices: axial slices of a volume that one training pass looks at, where ``dims`` is below the samples' own.
+    """
+
+    kind: str
+    outputs: int
+    dims: int | None = None
+    slices: int = 12
+
+
+@dataclass(frozen=True)
+class Committee:
+    """Several models and who chooses among them, for methods that serve more than one vector.
+
+    Attributes:
+        shared: the model for everybody, None where there is none.
+        own: the model of each client.
+        rule: "super" (the selector's choice where it is sure, else the shared one), "oracle" (the true client's, else the
+            shared one), "ensemble" (mean of all clients' probabilities), "shared" or "own".
+        selector: flat vector of the network "selector".
+        gamma: the selector is followed where its largest probability is above gamma (strict).
+    """
+
+    shared: Tensor | None
+    own: tuple[Tensor, ...]
+    rule: str = "super"
+    selector: Tensor | None = None
+    gamma: float = 0.9
 
 
 @dataclass(frozen=True)
@@ -158,6 +217,24 @@ class Problem(Protocol):
         ...
 
 
+@runtime_checkable
+class Networked(Protocol):
+    """A problem with further networks."""
+
+    def of(self, name: str) -> Problem:
+        """The same client's problem for the network ``name``."""
+        ...
+
+
+@runtime_checkable
+class Teachable(Protocol):
+    """A problem whose loss may have a teacher."""
+
+    def taught_gradient(self, point: Tensor, teacher: Tensor, step: int) -> Tensor:
+        """As ``gradient``, of the loss plus KL(teacher's prediction || the student's), the teacher held fixed."""
+        ...
+
+
 class FederatedMethod:
     """Base of all federated methods: plain averaging of models, one exchange a round, nothing kept by clients.
 
@@ -168,6 +245,9 @@ class FederatedMethod:
         silent: clients and server do not talk; nothing is counted.
         own_steps: clients may do different numbers of local steps.
         tolerant: replies that are not finite are passed to ``merge`` instead of ending the run.
+        adaptive: the local steps may be Adam's (``train.optimizer: adam``).
+        plain: what is sent is not encoded (whole models and moments, which no codec of gradients fits).
+        private_buffers: batch-norm statistics stay with their clients, whatever ``train.buffers`` says.
     """
 
     exchanges: ClassVar[int] = 1
@@ -176,6 +256,9 @@ class FederatedMethod:
     silent: ClassVar[bool] = False
     own_steps: ClassVar[bool] = True
     tolerant: ClassVar[bool] = False
+    adaptive: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
+    private_buffers: ClassVar[bool] = False
 
     class Options(Named):
         pass
@@ -184,6 +267,15 @@ class FederatedMethod:
         """``options`` is an instance of this class's ``Options``."""
         self.options = options
         self.federation = federation
+
+    @classmethod
+    def networks(cls, options: Any, clients: int) -> dict[str, Network]:
+        """The further networks that this method wants, by name."""
+        return {}
+
+    def notes(self) -> list[str]:
+        """Remarks on these options that a reader of the result must see."""
+        return []
 
     def value(self, holder: Round | Plan, name: str, default: float = 0.0) -> float:
         """Option ``name`` of this method, or the knob that overrides it in this round."""
@@ -222,6 +314,14 @@ class FederatedMethod:
         """The flat model that a client with ``state`` uses."""
         model: Tensor = server["model"]
         return model
+
+    def committee(self, server: State) -> Committee | None:
+        """The models and the rule that choose for a sample; None where ``served`` says it all."""
+        return None
+
+    def traffic_in(self, round: Round, numel: int, previous_lr: float | None = None) -> Traffic:
+        """``traffic`` of this very round, for methods whose rounds differ."""
+        return self.traffic(numel, previous_lr)
 
     def traffic(self, numel: int, previous_lr: float | None = None) -> Traffic:
         """Closed form of one client's traffic in a round; ``previous_lr`` is the lr of the round before, None in round 0."""

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from xutrain.methods.federate.base import FederatedMethod, Plan, Problem, Reply, Round, State, Traffic, weighted_mean
+from xutrain.methods.federate.local_steps import Directed, memory_of
 
 TINY = 1e-30  # below it, lr times momentum is no float32 number any more
 
@@ -73,6 +74,9 @@ class DoubleMomentum(FederatedMethod):
     def step(self, state: State, plan: Plan, problem: Problem) -> Reply:
         x, lr, steps = plan.tensors["model"], plan.lr, plan.steps
         mu = self.value(plan, "local_momentum")
+        memory = memory_of(self.federation, state, "model") if self.adaptive else None
+        if memory is not None:  # local Adam: g below is its direction
+            problem = Directed(problem, memory)
         direction = self.server_direction(state, plan) if self.fusion != "none" else None
         y = x.clone()
         shift = 0.0

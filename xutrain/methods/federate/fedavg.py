@@ -17,6 +17,7 @@ from xutrain.registry import Named, method
 @method("federate", "fedavg", paper="1602.05629", summary="average of the clients' models after local SGD")
 class FedAvg(DoubleMomentum):
     normalised = False
+    adaptive = True
 
     class Options(Named):
         name: Literal["fedavg"] = "fedavg"

@@ -24,6 +24,8 @@ def gain(steps: int, rho: float) -> float:
 
 @method("federate", "fednova", paper="2007.07481", summary="averaging normalised by each client's own number of local steps")
 class FedNova(DoubleMomentum):
+    adaptive = True
+
     class Options(Named):
         name: Literal["fednova"] = "fednova"
         server_lr: float = Field(1.0, gt=0, description="Server learning rate alpha.")

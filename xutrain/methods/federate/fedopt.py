@@ -41,6 +41,7 @@ class FedOpt(DoubleMomentum):
     """The part that the three share."""
 
     rule: ClassVar[Literal["adam", "yogi", "adagrad"]]
+    adaptive = True
     options: Any
 
     def server_state(self, model: Tensor) -> State:

@@ -34,6 +34,7 @@ class Proximal:
 @method("federate", "fedprox", paper="1812.06127", summary="local loss with a proximal term towards the server model")
 class FedProx(DoubleMomentum):
     normalised = False
+    adaptive = True
 
     class Options(Named):
         name: Literal["fedprox"] = "fedprox"

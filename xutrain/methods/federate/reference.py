@@ -22,6 +22,7 @@ from xutrain.registry import Named, method
 class Central(DoubleMomentum):
     pooled = True
     silent = True
+    adaptive = True
     local_buffer = "carry"
 
     class Options(Named):
@@ -35,6 +36,7 @@ class Central(DoubleMomentum):
 class Local(DoubleMomentum):
     personal = True
     silent = True
+    adaptive = True
     local_buffer = "carry"
 
     class Options(Named):

@@ -18,6 +18,7 @@ from xutrain.registry import Named, method
 @method("federate", "scaffold", paper="1910.06378", summary="control variates against client drift (double traffic)")
 class Scaffold(Controlled):
     normalised = False
+    adaptive = True
 
     class Options(Named):
         name: Literal["scaffold"] = "scaffold"

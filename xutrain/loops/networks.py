@@ -1,0 +1,123 @@
+"""Further networks beside the model: built once per process, offered to a method as problems of their own.
+
+Their task is to say which client a sample comes from, so the label is the client's number and needs no data. A 2-D network
+on volumes looks at axial slices (the last axis): some drawn ones while it trains, all of them, averaged, when it decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from xutrain.data.base import Task
+from xutrain.engine.context import Context
+from xutrain.engine.replica import Replica
+from xutrain.engine.rng import Key
+from xutrain.errors import Issue, RecipeError
+from xutrain.methods.federate.base import Network
+
+if TYPE_CHECKING:
+    from xutrain.loops.clients import ClientData
+
+
+@dataclass
+class Extra:
+    """One further network on this process."""
+
+    network: Network
+    replica: Replica
+
+    def images(self, inputs: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, int]:
+        """``inputs`` as the network wants them, and how many images each sample became.
+
+        A volume (b, c, x, y, z) becomes its axial slices (b * n, c, x, y): ``slices`` drawn ones, or all without a generator.
+        """
+        if self.network.dims is None or inputs.ndim - 2 == self.network.dims:
+            return inputs, 1
+        depth = inputs.shape[-1]
+        at = torch.arange(depth) if generator is None else torch.randint(depth, (self.network.slices,), generator=generator)
+        cut = inputs.index_select(-1, at.to(inputs.device)).movedim(-1, 1)
+        return cut.reshape(-1, *cut.shape[2:]), len(at)
+
+    def probabilities(self, vector: Tensor, inputs: Tensor) -> Tensor:
+        """Softmax of each sample, shape (b, outputs); evaluation mode, mean over the slices of a volume."""
+        images, each = self.images(inputs)
+        self.replica.point(vector)
+        module = self.replica.module
+        module.eval()
+        with torch.no_grad():
+            found = torch.softmax(module(images).float(), dim=1)
+        module.train()
+        return found.view(len(inputs), each, -1).mean(dim=1)
+
+
+def build_networks(wanted: dict[str, Network], task: Task, ctx: Context) -> dict[str, Extra]:
+    """The modules of a method's further networks, with weights drawn by the run's seed."""
+    if not wanted:
+        return {}
+    from xutrain.models.selector import build_selector
+
+    made = {}
+    for name, network in wanted.items():
+        dims = len(task.input_shape) - 1
+        if dims not in (2, 3) or (network.dims or dims) > dims:
+            what = f"a network beside the model looks at images; samples here have shape {tuple(task.input_shape)}"
+            raise RecipeError(Issue("data.name", what, task.name, "choose images or volumes, or a method without a selector"))
+        ctx.seed_torch(f"init/{name}")
+        module: nn.Module = build_selector(network.kind, task.input_shape[0], network.dims or dims, network.outputs).to(ctx.device)
+        module.train()
+        made[name] = Extra(network, Replica(module))
+        assert made[name].replica.num_buffer_elements == 0, "a selector has no statistics"
+    return made
+
+
+@dataclass
+class WhoseSample:
+    """A client's `Problem` for a further network: cross-entropy to the client's own number."""
+
+    extra: Extra
+    data: ClientData
+
+    def _loss(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        images, _ = self.extra.images(inputs, generator)
+        outputs = self.extra.replica.module(images)
+        return nn.functional.cross_entropy(outputs, outputs.new_full((len(outputs),), self.data.client, dtype=torch.int64))
+
+    def _gradient(self, point: Tensor, inputs: Tensor, key: Key) -> Tensor:
+        self.extra.replica.point(point)
+        self.extra.replica.zero_grad()
+        self._loss(inputs, key.generator()).backward()  # type: ignore[no-untyped-call]
+        return self.extra.replica.grad()
+
+    def gradient(self, point: Tensor, step: int) -> Tensor:
+        data = self.data
+        inputs = data.batch(step).to(data.bench.ctx.device).inputs
+        return self._gradient(point, inputs, Key(data.bench.ctx.seed, "slices", data.taken + step, data.client))
+
+    def full_gradient(self, point: Tensor) -> Tensor:
+        data, total = self.data, torch.zeros_like(point)
+        seed, train = data.bench.ctx.seed, data.shard.train
+        for i, indices in enumerate(train.split(data.bench.eval_batch)):
+            batch = data.bench.task.batch(indices, Key(seed, f"full/{i}", data.taken, data.client)).to(data.bench.ctx.device)
+            key = Key(seed, f"slices/{i}", data.taken, data.client)
+            total.add_(self._gradient(point, batch.inputs, key), alpha=len(indices) / len(train))
+        return total
+
+    def evaluate(self, point: Tensor, split: str = "val") -> dict[str, float]:
+        """Share of the client's samples that the network gives to it (this class's recall), and the mean loss; {} without samples."""
+        data = self.data
+        indices = data.shard.val if split == "val" else data.shard.train
+        hits = loss = 0.0
+        for chunk in indices.split(data.bench.eval_batch) if len(indices) else ():
+            found = self.extra.probabilities(point, data.bench.task.plain(chunk).to(data.bench.ctx.device).inputs)
+            hits += float((found.argmax(dim=1) == data.client).sum())
+            loss -= float(found[:, data.client].clamp_min(1e-12).log().sum())
+        return {"loss": loss / len(indices), "accuracy": hits / len(indices)} if len(indices) else {}
+
+
+def describe(extras: dict[str, Extra]) -> dict[str, Any]:
+    """Numbers of each further network, for a forecast."""
+    return {name: extra.replica.numel for name, extra in extras.items()}
