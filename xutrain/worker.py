@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -51,7 +52,7 @@ def execute(folder: Path, timeout_s: float = 600) -> int:
                 else ([], [])
             )
             record = Record(folder, ctx.meter, seed=recipe.seed, is_main=ctx.is_main, sinks=sinks)
-            for text in notes:
+            for text in [*notes, *_elastic(run)]:
                 record.note(text)
             record.state("running", pid=os.getpid(), started=time.time())
             loop = importlib.import_module(FAMILIES[recipe.verb].loop)
@@ -74,6 +75,18 @@ def execute(folder: Path, timeout_s: float = 600) -> int:
             record.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _elastic(run: dict[str, Any]) -> list[str]:
+    """What to say where the start before this one had another number of processes."""
+    before, now = run.get("nproc_before"), run.get("nproc")
+    if before in (None, now):
+        return []
+    count = f"{now} process{'es' if now != 1 else ''}"
+    return [
+        f"goes on with {count} after {before}: states belong to the {run.get('participants')} participants, which were dealt anew; "
+        "sums in the participants' order give the same bytes, ring sums the same up to rounding"
+    ]
 
 
 def _finish(folder: Path, run: dict[str, Any], recipe: Recipe, ctx: Context, record: Record, metrics: dict[str, float]) -> None:
@@ -113,9 +126,12 @@ def _fault(folder: Path, record: Record | None, rank: int, reason: XutrainError,
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to end this process when its launcher dies, so that no orphan goes on."""
+    """Ask Linux to end this process when torchrun dies, so that no orphan goes on; at once where torchrun died while we started."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            if "TORCHELASTIC_RUN_ID" in os.environ and b"torch" not in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+                os._exit(1)
 
 
 def main() -> None:

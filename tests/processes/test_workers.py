@@ -20,7 +20,7 @@ def _collectives(count: int) -> dict[str, Any]:
         "mean": workers.mean(vectors),
         "gather": [t.tolist() for t in workers.gather(ragged)],
         "any": (workers.any(ctx.rank == ctx.processes - 1), workers.any(False)),
-        "least": workers.least(7 - ctx.rank),
+        "least": workers.least(7 - ctx.rank)[0],
         "objects": workers.objects([{"worker": w} for w in workers.hosted]),
         "server": None
         if (got := workers.gather_at_server([torch.tensor([float(w)]) for w in workers.hosted])) is None

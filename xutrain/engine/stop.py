@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 
 from xutrain.engine.context import Context
 
 _NEVER = 2**62
-_CHECK_EVERY = 10  # steps between agreements where there are several processes
+_CHECK_EVERY = 10  # most steps between agreements where there are several processes
+_CHECK_S = 1.0  # and about the most seconds: with steps of minutes, every step
 
 
 class Stop:
@@ -26,8 +28,10 @@ class Stop:
         self._signalled = False
         self._process = os.getpid()
         self._interrupts = 0
-        self._calls = 0
         self._every = every
+        self._left = 0  # steps to the next agreement
+        self._met = time.monotonic()
+        self._gap = 1
         self._at = _NEVER
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
@@ -46,9 +50,14 @@ class Stop:
 
     def requested(self, step: int) -> bool:
         """Whether to save and stop now that ``step`` steps are done; the same answer on every process."""
-        if self._calls % self._every == 0 or self._workers.processes == 1:
-            self._at = self._workers.least(self._wish(step))
-        self._calls += 1
+        if self._workers.processes == 1:
+            return step >= self._wish(step)
+        if self._left == 0:
+            now = time.monotonic()
+            fits = int(_CHECK_S * self._gap / max(now - self._met, 1e-6))
+            self._at, self._gap = self._workers.least(self._wish(step), min(max(fits, 1), self._every))
+            self._met, self._left = now, self._gap
+        self._left -= 1
         return step >= self._at
 
     def _wish(self, step: int) -> int:

@@ -118,13 +118,13 @@ class Workers:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_cpu_group())
         return bool(value.item())
 
-    def least(self, value: int) -> int:
-        """The smallest of the processes' values, on every process."""
+    def least(self, *values: int) -> tuple[int, ...]:
+        """The smallest of the processes' values, on every process; one for each that is given."""
         if self.processes == 1:
-            return value
-        held = torch.tensor([value], dtype=torch.int64)
+            return values
+        held = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(held, op=dist.ReduceOp.MIN, group=_cpu_group())
-        return int(held.item())
+        return tuple(int(v) for v in held)
 
     def barrier(self) -> None:
         """Wait until every process is here."""

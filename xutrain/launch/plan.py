@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -9,10 +10,13 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from xutrain.errors import Issue, UsageError
 from xutrain.recipe import yamlfile
@@ -81,6 +85,7 @@ class RunPlan:
             "group": group_id(self.recipe),
             "participants": self.recipe.participants,
             "nproc": self.nproc,
+            "nproc_before": earlier.get("nproc"),
             "launcher": self.launcher,
             "verbosity": self.verbosity,
             "versions": versions(),
@@ -90,7 +95,9 @@ class RunPlan:
             "starts": [*earlier.get("starts", []), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")],
             "notes": earlier.get("notes", []),
         }
-        (self.folder / "run.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        aside = self.folder / f".run.json.{os.getpid()}"
+        aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, self.folder / "run.json")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -101,13 +108,30 @@ def _read(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """One launcher a run folder. Raises UsageError where another holds it."""
+    lock = FileLock(str(folder / ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = f"process {pid} runs it; " if (pid := _read(folder / "state.json").get("pid")) else ""
+        hint = f"{who}stop it with `xutrain runs stop {folder}`, or give another --out"
+        raise UsageError(Issue(str(folder), "is being run by another xutrain", has_value=False, hint=hint)) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def plan(loaded: Loaded, *, out: Path, nproc: int = 1, launcher: str | None = None, fresh: bool = False, verbosity: int = 0) -> RunPlan:
     """The plan of one run. Raises UsageError where the number of processes does not fit the recipe."""
     check_processes(loaded.recipe, nproc)
     recipe = loaded.recipe
     folder = out / loaded.verb / loaded.name / group_id(recipe) / f"seed{recipe.seed}"
     if fresh and folder.exists():
-        folder.rename(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+        with run_lock(folder):  # never from under a run
+            folder.rename(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
     return RunPlan(loaded, folder, nproc, launcher or ("local" if nproc == 1 else "torchrun"), verbosity)
 
 

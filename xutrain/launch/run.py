@@ -8,12 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from xutrain.engine.record import metrics_digest, read_json, read_metrics, write_json
-from xutrain.errors import Failed, Issue, UsageError
-from xutrain.launch.plan import RunPlan, bits_summary
-from xutrain.launch.torchrun import run_processes
+from xutrain.errors import Failed, Issue
+from xutrain.launch.plan import RunPlan, bits_summary, run_lock
+from xutrain.launch.torchrun import processes_lock, run_processes
 
 #: status of a run -> exit code of the command line
 EXIT_CODES = {"done": 0, "failed": 1, "diverged": 4, "stopped": 75}
@@ -27,14 +25,7 @@ def launch(plan: RunPlan) -> dict[str, Any]:
         Failed: a finished run's record was changed by hand.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(plan.folder / ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        state = read_json(plan.folder / "state.json")
-        hint = f"process {state.get('pid', '?')} runs it; stop it with `xutrain runs stop {plan.folder}`, or give another --out"
-        raise UsageError(Issue(str(plan.folder), "is being run by another xutrain", has_value=False, hint=hint)) from None
-    with lock:
+    with run_lock(plan.folder), processes_lock(plan.folder) as processes:
         state = read_json(plan.folder / "state.json")
         if state.get("status") == "done":
             _refuse_tampered(plan.folder, state)
@@ -45,16 +36,15 @@ def launch(plan: RunPlan) -> dict[str, Any]:
         if state:  # a request to stop was meant for the start before this one
             with contextlib.suppress(FileNotFoundError):
                 (plan.folder / "STOP").unlink()
-        code = _start(plan)
-        return collect(plan, code)
+        return collect(plan, _start(plan, processes))
 
 
-def _start(plan: RunPlan) -> int:
+def _start(plan: RunPlan, lock: int) -> int:
     if plan.nproc == 1:
         from xutrain.worker import execute  # imports torch
 
         return execute(plan.folder)
-    return run_processes(plan.folder, plan.nproc, plan.verbosity)
+    return run_processes(plan.folder, plan.nproc, plan.verbosity, lock)
 
 
 def collect(plan: RunPlan, code: int) -> dict[str, Any]:

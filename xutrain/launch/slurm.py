@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from filelock import FileLock, Timeout
 
 from xutrain.engine.record import read_json, write_json
 from xutrain.errors import Failed, Issue, UsageError
 from xutrain.launch.cluster import Profile, open_profile
 from xutrain.launch.job import clear_stop
-from xutrain.launch.plan import RunPlan
+from xutrain.launch.plan import RunPlan, run_lock
 
 SCRIPT = "job.sbatch"
 #: variables of the submitting shell that a script submitted again by hand needs as well; never a secret
@@ -176,11 +175,8 @@ def _refuse_busy(plan: RunPlan) -> None:
     if job and state.get("status") in ("queued", "running") and _in_queue(job):
         hint = f"cancel it with scancel {job}, or save and end it with xutrain runs stop {plan.folder}"
         raise UsageError(Issue(str(plan.folder), f"is in the queue already, as job {job}", has_value=False, hint=hint))
-    try:
-        FileLock(str(plan.folder / ".lock")).acquire(timeout=0).lock.release()
-    except Timeout:
-        hint = f"stop it with `xutrain runs stop {plan.folder}`, or give another --out"
-        raise UsageError(Issue(str(plan.folder), "is being run by another xutrain", has_value=False, hint=hint)) from None
+    with run_lock(plan.folder):
+        pass
 
 
 def _in_queue(job: str) -> bool:

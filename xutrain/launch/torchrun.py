@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -10,8 +11,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO
+
+from xutrain.errors import Issue, UsageError
+
+if sys.platform != "win32":
+    import fcntl
 
 _FAILURE = re.compile(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*(-?\d+)")
 _ENDED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
@@ -22,10 +31,41 @@ def command(folder: Path, nproc: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "-m", "xutrain.worker", str(folder)]
 
 
-def run_processes(folder: Path, nproc: int, verbosity: int = 0) -> int:
+@contextlib.contextmanager
+def processes_lock(folder: Path, patience_s: float = 90) -> Iterator[int]:
+    """The lock that torchrun holds for as long as its processes live, as a descriptor to hand on.
+
+    The processes of a launcher that was killed save and end by themselves; a new start waits for that.
+
+    Raises:
+        UsageError: they are still there after ``patience_s`` seconds.
+    """
+    descriptor = os.open(folder / ".lock.processes", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        told, end = False, time.monotonic() + patience_s
+        while sys.platform != "win32":
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    hint = f"stop them with `xutrain runs stop {folder}`, or end them by hand"
+                    what = "is still being run by the processes of an earlier launcher"
+                    raise UsageError(Issue(str(folder), what, has_value=False, hint=hint)) from None
+            if not told:
+                told = True
+                print("note: processes of an earlier launcher still save this run; waiting for them", file=sys.stderr, flush=True)
+            time.sleep(0.1)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def run_processes(folder: Path, nproc: int, verbosity: int = 0, lock: int | None = None) -> int:
     """Run ``nproc`` processes on this machine; returns torchrun's exit code (130 when interrupted twice).
 
     The first INT or TERM becomes the STOP file, so that all ranks save at one step boundary; a second INT ends them.
+    ``lock`` is the descriptor of a lock that torchrun keeps.
     """
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -38,7 +78,8 @@ def run_processes(folder: Path, nproc: int, verbosity: int = 0) -> int:
         text=True,
         env=environment,
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        pass_fds=() if lock is None else (lock,),
+        preexec_fn=partial(die_with_parent, os.getpid()),
     ) as process:
         relay = threading.Thread(target=_relay, args=(process.stdout, logs / "torchrun.log", verbosity), daemon=True)
         relay.start()
@@ -85,7 +126,9 @@ def _note_first_failure(logs: Path) -> None:
         (logs / "first-failure.json").write_text(json.dumps({"rank": found[0], "exitcode": found[1]}), encoding="utf-8")
 
 
-def die_with_parent() -> None:
-    """Runs in the child before torchrun starts: Linux ends it when the launcher dies."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Runs in the child before torchrun starts: Linux ends it when the launcher (process ``parent``) dies, or has died just now."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
