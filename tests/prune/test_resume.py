@@ -149,3 +149,16 @@ def test_dense_and_pruned_propagation_agree_in_the_first_layer_only(dense: Path,
     unequal = {n.split(".")[2] for n in a.entries if not torch.equal(a.read(n), b.read(n))}
     assert unequal and unequal <= {"1", "2"}
     assert digest(tmp_path / "dense0") == digest(tmp_path / "pruned0") == digest(dense)
+
+
+@pytest.mark.parametrize("when", ["begins", "ends"])
+def test_killed_while_the_journal_begins_or_ends(dense: Path, tmp_path: Path, when: str) -> None:
+    """The work folder exists before its journal does, and goes file by file after the report is written."""
+    prune_checkpoint(dense, tmp_path / "whole", tokens(), batch=2, method="random")
+    out = tmp_path / "killed"
+    if when == "ends":
+        shutil.copytree(tmp_path / "whole", out)
+    (out / ".xutrain" / "hidden-0001").mkdir(parents=True)
+    report = prune_checkpoint(dense, out, tokens(), batch=2, method="random")
+    assert report.already == (when == "ends")
+    assert files(out) == files(tmp_path / "whole")

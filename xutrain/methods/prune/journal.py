@@ -50,12 +50,14 @@ class Journal:
             UsageError: the folder holds something else.
         """
         report = self.out / REPORT
-        if report.exists() and not self.folder.exists():
+        if report.exists():
             found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
             if found.get("identity") == self.name:
+                shutil.rmtree(self.folder, ignore_errors=True)  # killed after the report was written
                 return found
-            self._occupied("holds the result of another pruning")
-        if self.out.exists() and any(self.out.iterdir()) and not self.file.exists():
+            if not self.folder.exists():
+                self._occupied("holds the result of another pruning")
+        if self.out.exists() and any(p.name != WORK for p in self.out.iterdir()) and not self.file.exists():
             self._occupied("is not empty")
         return None
 
