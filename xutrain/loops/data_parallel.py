@@ -16,6 +16,7 @@ from xutrain.data.base import Task
 from xutrain.engine.checkpoint import Checkpoints, Saved
 from xutrain.engine.context import Context
 from xutrain.engine.evaluate import evaluate
+from xutrain.engine.network import Link
 from xutrain.engine.record import Record
 from xutrain.engine.replica import Replica, clip_norm
 from xutrain.engine.schedule import factor
@@ -24,7 +25,7 @@ from xutrain.engine.workers import Workers
 from xutrain.errors import DataError, Diverged, Issue, RecipeError, Stopped
 from xutrain.launch.plan import Forecast
 from xutrain.methods.base import DataParallel, Setup
-from xutrain.methods.exchange import Exchange
+from xutrain.methods.exchange import Exchange, choose
 
 
 @dataclass
@@ -45,7 +46,6 @@ class Job:
 def build(recipe: Any, ctx: Context, task: Task | None = None) -> Job:
     """Data, model, codec and method of a recipe, equal on every process. ``task`` stands in for data that are not there."""
     task = task or registry.load("dataset", recipe.data.name).build(recipe.data, recipe.seed)
-    workers = ctx.workers(recipe.workers, recipe.exchange.reduction)
     if recipe.workers * recipe.train.batch_size > task.num_train:
         hint = f"{recipe.workers} workers x {recipe.train.batch_size} samples; lower train.batch_size or workers"
         raise RecipeError(
@@ -56,7 +56,13 @@ def build(recipe: Any, ctx: Context, task: Task | None = None) -> Job:
     replica = Replica(module)
     codec = registry.load("codec", recipe.codec.name)(recipe.codec, workers=recipe.workers)
     codec.lay(replica.layout)
-    exchange = Exchange(workers, codec, ctx.meter, recipe.exchange.mode)
+    mode, reduction = recipe.exchange.mode, recipe.exchange.reduction
+    if mode == "auto":
+        again = recipe.verb != "sparsify" and not getattr(recipe.method, "error_feedback", False)
+        link = Link(recipe.exchange.bandwidth, recipe.exchange.latency)
+        mode, reduction = choose(codec, replica.numel, recipe.workers, link, again=again)
+    workers = ctx.workers(recipe.workers, reduction)
+    exchange = Exchange(workers, codec, ctx.meter, mode)
     per_epoch = task.steps_per_epoch(recipe.workers * recipe.train.batch_size)
     steps = recipe.train.steps or max(1, round(recipe.train.epochs * per_epoch))
     theta = workers.broadcast(replica.read())  # rank 0's weights, whatever the others drew
@@ -146,6 +152,7 @@ def forecast(recipe: Any) -> Forecast:
         "steps_per_epoch": job.steps_per_epoch,
         "samples": job.steps * recipe.workers * recipe.train.batch_size,
         "bits_per_element": payload / job.replica.numel,
+        "exchange": f"{job.exchange.mode}, {job.workers.reduction}",
         "compression_ratio": 32 * job.replica.numel / payload if payload else None,
         "full_precision_bits_up": job.steps * recipe.workers * 32 * job.replica.numel,
         "parts": {name: {"up": p[0], "down": p[1]} for name, p in parts.items()},

@@ -14,10 +14,24 @@ import torch
 from torch import Tensor
 
 from xutrain.engine.meter import BitMeter
+from xutrain.engine.network import Link, Mode, cheaper
 from xutrain.engine.rng import Key
 from xutrain.engine.workers import Workers
 from xutrain.errors import Issue, RecipeError
 from xutrain.methods.codecs.base import Codec, Payload
+
+Way = tuple[Literal["allgather", "alltoall", "ps"], Literal["exact", "ring"]]
+
+
+def choose(codec: Codec, length: int, count: int, link: Link, *, again: bool = True) -> Way:
+    """(mode, reduction) that average ``count`` vectors of ``length`` elements soonest on ``link``: what ``exchange.mode=auto`` means.
+
+    Messages that can be added as they are go through a plain all-reduce. Of the others bytes and latency are weighed, nothing
+    else. Never cut: codecs that work tensor by tensor, and vectors that must not be quantized ``again`` (error feedback).
+    """
+    if codec.dense or codec.shared_support or codec.collective:
+        return "allgather", "ring"
+    return (cheaper(link, codec.payload_bits(length), count) if again and not codec.per_tensor else "allgather"), "exact"
 
 
 @dataclass
@@ -44,7 +58,7 @@ class Exchange:
         alltoall: worker j decodes and averages shard j, encodes the mean again, all gather it. A second quantization.
         ps: a server decodes, averages and sends fp32 back. up b, down 32 D per worker.
     With ``reduction: ring`` a full-precision vector goes through plain all-reduce: up 32 D, down 2 (K-1)/K 32 D per worker.
-    Codecs with a shared support exchange their slice of b bits in the same way, and ``ps`` sends b bits back.
+    Codecs with a shared support exchange their slice of b bits in the same way, and ``ps`` sends b bits back. ``choose`` picks.
     """
 
     def __init__(self, workers: Workers, codec: Codec, meter: BitMeter, mode: Literal["allgather", "alltoall", "ps"] = "allgather") -> None:
@@ -195,6 +209,14 @@ class Exchange:
             return count * sum(shards), 2 * (count - 1) * sum(shards)
         payload = self.codec.payload_bits(length)
         return count * payload, count * 32 * length if self.mode == "ps" else count * (count - 1) * payload
+
+    def seconds(self, length: int, link: Link) -> float:
+        """What one exchange costs on ``link`` with a worker to a process, without encoding and decoding."""
+        payload, mode = float(self.codec.payload_bits(length)), self.mode
+        if mode == "ps":
+            return link.exchange("ps", payload, self.workers.count, payload if self.sums else 32.0 * length)
+        way: Mode = mode if not self.sums else "allreduce" if self.ring else "allgather"
+        return link.exchange(way, payload, self.workers.count)
 
     def shards(self, length: int) -> list[tuple[int, int]]:
         """The part of the vector that each worker averages under alltoall, cut at bucket boundaries."""

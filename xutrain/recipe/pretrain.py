@@ -103,6 +103,6 @@ class PretrainRecipe(DataParallelRecipe):
                     "give a number: method.bound=10",
                 )
             )
-        if shards is not None and self.exchange.mode == "alltoall":
+        if shards is not None and self.exchange.mode in ("alltoall", "auto"):
             found.append(Issue("exchange.mode", "shards have their own exchange", self.exchange.mode, "leave exchange.mode out"))
         return found

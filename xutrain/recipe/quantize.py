@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from xutrain.errors import Issue
 from xutrain.recipe.schema import Choice, Eval, Named, Optimizer, Options, Recipe, Schedule, Train
@@ -13,14 +13,23 @@ from xutrain.recipe.schema import Choice, Eval, Named, Optimizer, Options, Recip
 class Exchange(Options):
     """How the workers' messages become one mean."""
 
-    mode: Literal["allgather", "alltoall", "ps"] = Field(
+    mode: Literal["allgather", "alltoall", "ps", "auto"] = Field(
         "allgather",
-        description="allgather: all decode all; alltoall: each averages and re-encodes one shard; ps: a server decodes and sends fp32 back",
+        description="allgather: all decode all; alltoall: each averages and re-encodes a shard; ps: a server decodes and sends fp32 back; "
+        "auto: all-reduce where messages add, else the cheaper of the first two",
     )
     reduction: Literal["exact", "ring"] = Field(
         "exact",
         description="exact: added in worker order, bit-equal on any processes; ring: plain all-reduce (fp and shared-support codecs)",
     )
+    bandwidth: float = Field(1e9, gt=0, description="auto: bits per second of a worker's link, in each direction")
+    latency: float = Field(5e-5, ge=0, description="auto: seconds of a message, however short")
+
+    @model_serializer(mode="wrap")
+    def _as_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A link that decides nothing is no part of what is computed, nor of its identity."""
+        value: dict[str, Any] = handler(self)
+        return value if self.mode == "auto" else {k: v for k, v in value.items() if k not in ("bandwidth", "latency")}
 
 
 class DataParallelRecipe(Recipe):
