@@ -1,10 +1,12 @@
-"""One training step of an 11 M-parameter network on two ranks: DEF at ratio 64 against DDP in fp32, fp16 and with PowerSGD.
+"""One training step of an 11 M-parameter network: BinGrad-b, ORQ-3 and DEF against DDP in fp32, fp16 and with PowerSGD.
 
-Usage: python benchmarks/data_parallel.py [--links loopback 1gbit 100mbit] [--rounds 5] [--json]
-Loopback needs nothing. Limited links are two network namespaces joined by a veth pair with a token-bucket filter at both ends;
-they need root, ip and tc, and are left out with a word where those are missing.
-All variants live in the same two processes and take turns, so that a busy machine slows them alike. Medians; "sent" is what
-the interface counted per step and rank; "cpu s" is what a rank computed, which a loaded machine stretches less.
+    python benchmarks/data_parallel.py [--links loopback 1gbit 100mbit] [--ranks 2] [--rounds 5] [--json FILE]
+
+Loopback needs nothing. Limited links are network namespaces with token buckets (laboratory.py); they need root, ip and tc, and
+are left out with a word where those are missing. All variants live in the same processes and take turns, so that a busy
+machine slows them alike. Medians; "sent" is what the card counted per step and rank; "cpu s" is what a rank computed.
+The crossover is the bandwidth below which a variant is ahead of fp32: its extra time on loopback is what it must save in bits,
+B = (bits of fp32 - bits of the variant) / (its loopback time - fp32's). Modelled speed-ups are loopback times plus bits / B.
 """
 
 from __future__ import annotations
@@ -12,40 +14,45 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import laboratory
+from results import Ratio, arguments, write
 
-WARM_UP, BATCH = 4, 16
-RATES = {"loopback": None, "1gbit": ("1gbit", "512kb"), "100mbit": ("100mbit", "128kb")}
+WARM_UP, BATCH = 3, 16
+VARIANTS = ["fp32", "fp16", "powersgd-1", "bingrad-b", "orq-3", "def-64", "noop"]
+HOOKED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "bingrad-b": ("bingrad_b", {}, {"error_feedback": False}),
+    "orq-3": ("orq", {"levels": 3}, {"error_feedback": False}),
+    "def-64": ("random_block", {"ratio": 64}, {"momentum": 0.9, "coeff": 0.3}),
+}
 
 
-def rank_main(rank: int, store: str, address: str, rounds: int) -> None:
+def rank_main(rounds: int, width: int) -> None:
     """Time every variant in turns; rank 0 writes the result as JSON to stdout."""
     import torch
     import torch.distributed as dist
     from torch import nn
-    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default_hooks
     from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
     from torch.nn.parallel import DistributedDataParallel
 
     import xutrain
     from xutrain.hooks import CompressedHook
+    from xutrain.methods.codecs import fast
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://{address}:29511", rank=rank, world_size=2)
+    rank, _ = laboratory.join()
+    fast.load()
 
     def network() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 4096), nn.ReLU(), nn.Linear(4096, 128))
+        return nn.Sequential(nn.Linear(1024, 2 * width), nn.ReLU(), nn.Linear(2 * width, 4 * width), nn.ReLU(), nn.Linear(4 * width, 128))
 
     def variant(name: str) -> tuple[Any, Any, Any]:
         cap = 1000 if name.startswith("powersgd") else 25  # torch's hook waits for a second collective: one bucket, or gloo may hang
@@ -55,16 +62,17 @@ def rank_main(rank: int, store: str, address: str, rounds: int) -> None:
         hook = None
         if name == "fp16":
             ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        elif name == "noop":
+            ddp.register_comm_hook(None, debugging_hooks.noop_hook)
         elif name == "powersgd-1":
             state = powersgd.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
             ddp.register_comm_hook(state, powersgd.powerSGD_hook)
-        elif name == "def-64":
-            codec = xutrain.codec("random_block", ratio=64)
-            hook = CompressedHook(ddp, codec, momentum=0.9, coeff=0.3, optimizer=optimizer).attach()
+        elif name in HOOKED:
+            codec, options, how = HOOKED[name]
+            hook = CompressedHook(ddp, xutrain.codec(codec, **options), optimizer=optimizer, **how).attach()
         return ddp, optimizer, hook
 
-    names = ["fp32", "fp16", "powersgd-1", "def-64"]
-    built = {name: variant(name) for name in names}
+    built = {name: variant(name) for name in VARIANTS}
     inputs, targets = torch.randn(BATCH, 1024), torch.randint(128, (BATCH,))
 
     def step(name: str) -> None:
@@ -77,31 +85,26 @@ def rank_main(rank: int, store: str, address: str, rounds: int) -> None:
                 nn.functional.cross_entropy(ddp(inputs), targets).backward()
         optimizer.step()
 
-    times: dict[str, list[float]] = {name: [] for name in names}
-    cpu: dict[str, list[float]] = {name: [] for name in names}
-    sent: dict[str, list[int]] = {name: [] for name in names}
-    for name in names:
+    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    cpu: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    sent: dict[str, list[int]] = {name: [] for name in VARIANTS}
+    for name in VARIANTS:
         for _ in range(WARM_UP):
             step(name)
     for _ in range(rounds):
-        for name in names:
+        for name in VARIANTS:
             dist.barrier()
-            before, start, busy = bytes_sent(), time.perf_counter(), time.process_time()
+            before, start, busy = laboratory.counters()[1], time.perf_counter(), time.process_time()
             step(name)
             dist.barrier()
             times[name].append(time.perf_counter() - start)
             cpu[name].append(time.process_time() - busy)
-            sent[name].append(bytes_sent() - before)
+            sent[name].append(laboratory.counters()[1] - before)
     if rank == 0:
         numel = sum(p.numel() for p in built["fp32"][0].parameters())
         rows = {
-            n: {
-                "step_s": statistics.median(times[n]),
-                "cpu_s": statistics.median(cpu[n]),
-                "sent_bytes": statistics.median(sent[n]),
-                "all_s": times[n],
-            }
-            for n in names
+            n: {"step_s": statistics.median(times[n]), "cpu_s": statistics.median(cpu[n]), "sent_bytes": statistics.median(sent[n])}
+            for n in VARIANTS
         }
         print(json.dumps({"parameters": numel, "variants": rows}))
     sys.stdout.flush()
@@ -109,92 +112,92 @@ def rank_main(rank: int, store: str, address: str, rounds: int) -> None:
     os._exit(0)
 
 
-def bytes_sent() -> int:
-    """Bytes that left by this namespace's eth0; 0 where there is none of ours."""
-    for line in Path("/proc/self/net/dev").read_text().splitlines():
-        name, _, counters = line.partition(":")
-        if name.strip() == "xueth":
-            return int(counters.split()[8])
-    return 0
+def bits_on_the_wire(name: str, parameters: int, ranks: int) -> float:
+    """Bits that a rank receives per step, in closed form (PowerSGD's factors from the network's shapes are left to the card)."""
+    import xutrain
+
+    if name in ("fp32", "fp16"):
+        return 2 * (ranks - 1) / ranks * parameters * (32 if name == "fp32" else 16)
+    if name in HOOKED:
+        codec = xutrain.codec(HOOKED[name][0], **HOOKED[name][1])
+        share = 2 * (ranks - 1) / ranks if codec.shared_support else ranks - 1
+        return share * codec.payload_bits(parameters)
+    return 0.0
 
 
-class Namespaces:
-    """Two network namespaces joined by a limited link."""
-
-    def __init__(self, rate: str, burst: str) -> None:
-        self.names = [f"xu{os.getpid()}-{i}" for i in range(2)]
-        for name in self.names:
-            _run("ip", "netns", "add", name)
-        _run("ip", "link", "add", "xueth", "netns", self.names[0], "type", "veth", "peer", "name", "xueth", "netns", self.names[1])
-        for i, name in enumerate(self.names):
-            inside = ("ip", "netns", "exec", name)
-            _run(*inside, "ip", "addr", "add", f"10.77.9.{i + 1}/24", "dev", "xueth")
-            _run(*inside, "ip", "link", "set", "lo", "up")
-            _run(*inside, "ip", "link", "set", "xueth", "up")
-            _run(*inside, "tc", "qdisc", "add", "dev", "xueth", "root", "tbf", "rate", rate, "burst", burst, "latency", "200ms")
-
-    def close(self) -> None:
-        for name in self.names:
-            subprocess.run(["ip", "netns", "del", name], check=False)
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
-
-
-def measure(link: str, rounds: int) -> dict[str, Any]:
-    """Run both ranks over one link. Raises CalledProcessError or OSError where namespaces cannot be made."""
-    limits, ranks = RATES[link], []
-    spaces = Namespaces(*limits) if limits else None
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            address = "10.77.9.1" if spaces else "127.0.0.1"
-            environment = {**os.environ, "GLOO_SOCKET_IFNAME": "xueth" if spaces else "lo"}
-            command = [sys.executable, __file__, "--store", folder, "--address", address, "--rounds", str(rounds), "--rank"]
-            inside = [["ip", "netns", "exec", name] for name in spaces.names] if spaces else [[], []]
-            ranks = [
-                subprocess.Popen(
-                    [*inside[r], *command, str(r)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-                )
-                for r in range(2)
-            ]
-            answer, _ = ranks[0].communicate(timeout=600)
-            ranks[1].wait(timeout=60)
-        return dict(json.loads(answer))
-    finally:
-        for process in ranks:
-            process.kill()
-        if spaces:
-            spaces.close()
+def crossovers(results: dict[str, Any], ranks: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """For each variant: modelled speed-ups at the limited links, and the bandwidth below which it is ahead of fp32."""
+    free, parameters = results["loopback"]["variants"], results["loopback"]["parameters"]
+    wired = next((r["variants"] for link, r in results.items() if link != "loopback"), None)
+    bits = {n: 8.0 * wired[n]["sent_bytes"] if wired else bits_on_the_wire(n, parameters, ranks) for n in free}
+    rows, found = [], {}
+    for name in free:
+        if name in ("fp32", "noop"):
+            continue
+        extra = free[name]["step_s"] - free["fp32"]["step_s"]
+        found[name] = (bits["fp32"] - bits[name]) / extra if extra > 0 else float("inf")
+        row: dict[str, Any] = {"table": "crossover", "variant": name, "ahead of fp32 below Gbit/s": found[name] / 1e9}
+        if extra <= 0:
+            row["ahead of fp32 below Gbit/s"] = "any"
+        for link, rate in (("1gbit", 1e9), ("100mbit", 1e8)):
+            row[f"modelled x at {link}"] = (free["fp32"]["step_s"] + bits["fp32"] / rate) / (free[name]["step_s"] + bits[name] / rate)
+            if link in results:
+                there = results[link]["variants"]
+                row[f"measured x at {link}"] = there["fp32"]["step_s"] / there[name]["step_s"]
+        rows.append(row)
+    return rows, found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--links", nargs="+", choices=list(RATES), default=list(RATES))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--rank", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--store", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--address", default="127.0.0.1", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--links", nargs="+", choices=list(laboratory.RATES), default=["loopback", "1gbit", "100mbit"])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--width", type=int, default=1024, help="of the layers: 1024 gives 11.0 M parameters")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    arguments(parser)
     given = parser.parse_args()
-    if given.rank is not None:
-        rank_main(given.rank, given.store, given.address, given.rounds)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that namespaces are taken down
-    can_limit = os.geteuid() == 0 and all(shutil.which(tool) for tool in ("ip", "tc"))
-    results = {}
+    if given.rank:
+        rank_main(given.rounds, given.width)
+    if given.quick:
+        given.links, given.rounds, given.width = ["loopback", "1gbit"], 2, 256
+    reason, notes = laboratory.missing(), []
+    results: dict[str, Any] = {}
     for link in given.links:
-        if RATES[link] and not can_limit:
-            print(f"{link}: left out, needs root, ip and tc", file=sys.stderr)
+        if laboratory.RATES[link] and reason:
+            notes.append(f"{link}: left out ({reason}); see the modelled speed-ups.")
+            print(notes[-1], file=sys.stderr)
             continue
-        results[link] = measure(link, given.rounds)
-    if given.json:
-        print(json.dumps({"load": os.getloadavg()[0], "links": results}, indent=1))
-        return
+        with laboratory.Laboratory(given.ranks, link) as lab:
+            results[link] = lab.run([sys.executable, __file__, "--rank", "--rounds", str(given.rounds), "--width", str(given.width)])
+    rows = []
     print(f"{'link':10}{'variant':12}{'s/step':>9}{'x fp32':>9}{'cpu s':>9}{'MB sent':>9}    (load {os.getloadavg()[0]:.1f})")
     for link, result in results.items():
         base = result["variants"]["fp32"]["step_s"]
         for name, row in result["variants"].items():
             print(f"{link:10}{name:12}{row['step_s']:9.3f}{base / row['step_s']:9.2f}{row['cpu_s']:9.3f}{row['sent_bytes'] / 1e6:9.3f}")
+            mb = row["sent_bytes"] / 1e6 or None
+            line = {"table": "steps", "link": link, "variant": name, "s/step": row["step_s"], "x fp32": base / row["step_s"]}
+            rows.append({**line, "cpu s": row["cpu_s"], "MB sent": mb})
+    ratios = []
+    if "loopback" in results:
+        curve, _ = crossovers(results, given.ranks)
+        for row in curve:
+            print(", ".join(f"{k} {v if isinstance(v, str) else f'{v:.2f}'}" for k, v in row.items() if k != "table"))
+        rows += curve
+        notes.append(f"{results['loopback']['parameters']:,} parameters, {given.ranks} ranks, {BATCH} samples a rank.")
+    for link in ("1gbit", "100mbit"):
+        if link not in results:
+            continue
+        there = results[link]["variants"]
+        for name in ("def-64", "orq-3", "bingrad-b"):
+            ratios.append(Ratio(f"{name}: step of fp32 / its step at {link}", there["fp32"]["step_s"] / there[name]["step_s"], ">= 1"))
+        if link == "100mbit":
+            best = min(there[n]["step_s"] for n in HOOKED)
+            ratios.append(Ratio(f"step of PowerSGD / best of ours at {link}", there["powersgd-1"]["step_s"] / best, ">= 1"))
+            slowest = max(there[n]["step_s"] for n in HOOKED)
+            ratios.append(Ratio(f"step of fp16 / slowest of ours at {link}", there["fp16"]["step_s"] / slowest, ">= 1"))
+    write(given.json, "Data-parallel training steps", rows, ratios, notes=notes)
 
 
 if __name__ == "__main__":
