@@ -23,9 +23,10 @@ from xutrain.launch.plan import Forecast
 from xutrain.loops import embedded_mixtral
 from xutrain.methods.prune import cost
 from xutrain.methods.prune.checkpoint import Report, prune_checkpoint
-from xutrain.methods.prune.distill import Distiller, masks_of
+from xutrain.methods.prune.distill import Distiller, masks_of, rate
+from xutrain.methods.prune.distill_layers import distil_layers
 from xutrain.methods.prune.drop import ExpertMethod, drop_experts
-from xutrain.methods.prune.measure import layer_errors, open_forward, perplexity, stored_bytes, window_losses
+from xutrain.methods.prune.measure import layer_errors, open_forward, perplexity, skip_thresholds, stored_bytes, window_losses
 from xutrain.models.decoder import Decoder
 from xutrain.models.moe import Architecture
 from xutrain.models.shards import Source, write_checkpoint
@@ -49,16 +50,21 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
     final = record.folder / "pruned"
     metrics = {"sparsity": report.sparsity, "expert_error": report.error, "fallbacks": float(len(report.fallbacks))}
     shape = cost.Shape.of(arch)
-    metrics["model_sparsity"] = report.sparsity * shape.expert * shape.experts / shape.total
+    zeros = report.sparsity * shape.expert * shape.experts + report.attention * shape.attention * arch.layers
+    metrics["model_sparsity"] = zeros / shape.total
+    metrics |= {"attention_sparsity": report.attention} if recipe.targets != "experts" else {}
     metrics |= {f"load_{kind}_cv": mean([row[f"{kind}_cv"] for row in report.layers]) for kind in ("top1", "topk")} if report.layers else {}
     metrics |= measured(recipe, ctx, record, "dense", dense, texts, "_dense")
     metrics |= measured(recipe, ctx, record, "pruned", final, texts, "_pruned" if recipe.distill else "")
     if recipe.evaluation.local_error and len(report.experts) == arch.experts * len(arch.pruned_layers):
         metrics["local_error"] = local_error(recipe, ctx, record, dense, final, texts)
+    if recipe.evaluation.skipping:
+        metrics["perplexity_skipping"] = skipping(recipe, ctx, final, tokens, texts)
     if recipe.distill is not None:
-        final = distil(recipe, ctx, record, stop, dense, final)
+        final = (distil_streamed if recipe.distill.mode == "layers" else distil)(recipe, ctx, record, stop, dense, final)
         metrics |= measured(recipe, ctx, record, "distilled", final, texts, "")
-    record.log(arch.layers + (recipe.distill.steps if recipe.distill else 0), metrics, split="test")
+    more = 0 if recipe.distill is None else arch.layers if recipe.distill.mode == "layers" else recipe.distill.steps
+    record.log(arch.layers + more, metrics, split="test")
     write_tables(record, report, dense, final, metrics)
     return metrics
 
@@ -146,6 +152,7 @@ def prune(recipe: Any, ctx: Context, record: Record, stop: Stop, dense: Path, to
         method=method,
         sparsity=recipe.sparsity,
         pattern=recipe.pattern,
+        targets=recipe.targets,
         rescale=recipe.rescale,
         seed=recipe.seed,
         save_sums=record.folder / "sums" if recipe.save_sums else None,
@@ -174,7 +181,8 @@ def measured(recipe: Any, ctx: Context, record: Record, what: str, folder: Path,
         if recipe.evaluation.tasks and what != "dense":
             from xutrain.methods.prune.zero_shot import zero_shot
 
-            known |= zero_shot(folder, list(recipe.evaluation.tasks), str(ctx.device))
+            e = recipe.evaluation
+            known |= zero_shot(folder, list(e.tasks), str(ctx.device), task_folder=e.task_folder, limit=e.task_limit)
         ctx.workers(ctx.processes).barrier()
         if ctx.is_main:
             kept.write_text(json.dumps(known), encoding="utf-8")
@@ -190,6 +198,36 @@ def local_error(recipe: Any, ctx: Context, record: Record, dense: Path, pruned: 
     for layer, error in enumerate(errors):
         record.log(layer + 1, {"layer_error": error}, split="test")
     return mean(errors)
+
+
+def skipping(recipe: Any, ctx: Context, folder: Path, tokens: Tensor, texts: dict[str, Tensor]) -> float:
+    """Perplexity on the first text with NAEE's dynamic skipping, thresholds from the calibration tokens."""
+    forward = open_forward(folder, **_how(recipe, ctx))
+    found = perplexity(window_losses(forward, next(iter(texts.values())), skip_thresholds(forward, tokens)))
+    forward.source.close()
+    return found
+
+
+def distil_streamed(recipe: Any, ctx: Context, record: Record, stop: Stop, dense: Path, pruned: Path) -> Path:
+    """Distil layer by layer from disk to disk, masks kept; the processes share the experts."""
+    d, out, key = recipe.distill, record.folder / "distilled", Key(recipe.seed, "distill")
+    layers = Architecture.read(dense).layers
+    if d.source == "embedded":
+        tokens = windows.draw(windows.embedded()["train"], d.samples, d.length, key, "distill")
+    else:
+        tokens = windows.file_samples(Path(d.source), tokenizer_of(recipe, dense), d.samples, d.length, key)
+
+    def after(done: int, total: int) -> bool:
+        record.progress(done, total, unit="distilled layer")
+        return stop.requested(layers + done)
+
+    rows = distil_layers(dense, pruned, record.folder / "masks", out, tokens, d, seed=recipe.seed, progress=after,
+                         save_every=recipe.checkpoint.every or 1, **_how(recipe, ctx))  # fmt: skip
+    record.rewind(layers)
+    for layer in sorted({r["layer"] for r in rows}):
+        of = [r for r in rows if r["layer"] == layer]
+        record.log(layers + layer + 1, {f"expert_mse_{at}": mean([r[at] for r in of]) for at in ("before", "after")}, split="train")
+    return out
 
 
 def _how(recipe: Any, ctx: Context) -> dict[str, Any]:
@@ -235,8 +273,7 @@ def distil(recipe: Any, ctx: Context, record: Record, stop: Stop, dense: Path, p
         else:
             assert drawn is not None
             batch = drawn[torch.randint(len(drawn), (d.batch_size,), generator=generator)]
-        warm = min(1.0, (step + 1) / max(1, round(d.warmup * d.steps)))
-        losses = distiller.step(batch, d.lr * warm * 0.5 * (1 + math.cos(math.pi * step / d.steps)))
+        losses = distiller.step(batch, rate(d, step))
         if not math.isfinite(losses.ce + losses.expert):
             raise Diverged(Issue("distill", f"the loss is not finite at step {step}", losses.ce, "lower distill.lr"))
         done = step + 1

@@ -57,13 +57,20 @@ class Evaluation(Options):
     windows: int | None = Field(None, ge=1, description="at most this many windows per text")
     local_error: bool = Field(True, description="relative output error of each MoE layer on the first text")
     tasks: list[str] = Field(default_factory=list, description="lm-eval tasks, zero-shot (needs the eval extra)")
+    task_folder: str | None = Field(None, description="folder with lm-eval task files of your own, searched besides lm-eval's")
+    task_limit: int | None = Field(None, ge=1, description="at most this many documents per task; the paper uses all")
+    skipping: bool = Field(False, description="also the perplexity with NAEE's dynamic skipping of the second expert (top-2 models)")
 
 
 class Distill(Options):
-    """Expert-wise distillation after pruning, masks kept. The whole model and its teacher are in memory."""
+    """Expert-wise distillation after pruning, masks kept: whole models in memory, or one layer after the other from the disk."""
 
-    steps: int = Field(120, ge=1, description="optimizer steps")
-    batch_size: int = Field(8, ge=1, description="sequences per step")
+    mode: Literal["whole", "layers"] = Field(
+        "whole",
+        description="whole: L_CE and L_expert, both models in memory; layers: L_expert alone, one expert in memory (inputs=teacher)",
+    )
+    steps: int = Field(120, ge=1, description="optimizer steps (mode layers: of every expert)")
+    batch_size: int = Field(8, ge=1, description="sequences per step (mode layers: a step takes the expert's share of so many)")
     length: int = Field(256, ge=2, description="tokens per sequence")
     lr: float = Field(3e-4, gt=0, le=1, description="peak learning rate; cosine after warm-up")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps that warms up")
@@ -76,7 +83,7 @@ class Distill(Options):
     inputs: Literal["own", "teacher"] = Field("own", description="hidden states that the student's experts see in L_expert")
     train: Literal["all", "experts"] = Field("all", description="parameters that are trained")
     source: str = Field("embedded", description="embedded (its training split), or a text file")
-    samples: int = Field(1000, ge=1, description="sequences drawn from a file")
+    samples: int = Field(1000, ge=1, description="sequences drawn from a file (mode layers: from any source)")
 
 
 class PruneRecipe(Recipe):
@@ -87,6 +94,9 @@ class PruneRecipe(Recipe):
     method: Annotated[Named, Choice("method", default="moe_pruner")]
     sparsity: float = Field(0.5, ge=0, le=1, description="share of each group that goes, for pattern unstructured")
     pattern: str = Field("unstructured", description="unstructured, or kept:group such as 2:4")
+    targets: Literal["experts", "experts+attn"] = Field(
+        "experts", description="what is pruned; experts+attn: attention by the ungated score"
+    )
     propagate: Literal["pruned", "dense"] = Field("pruned", description="whose output the next layer is calibrated with")
     rescale: bool = Field(False, description="fold one factor per output row into the pruned matrices (ours)")
     save_sums: bool = Field(False, description="keep the calibration sums in the run folder, for another cut")
@@ -114,6 +124,18 @@ class PruneRecipe(Recipe):
             found.append(Issue("model.embedded.top_k", f"exceeds model.embedded.experts={size.experts}", size.top_k))
         if self.distill is not None and isinstance(self.distill.expert_loss, float) and not math.isfinite(self.distill.expert_loss):
             found.append(Issue("distill.expert_loss", "must be finite", self.distill.expert_loss))
+        if self.distill is not None and self.distill.mode == "layers" and self.distill.inputs != "teacher":
+            hint = "set distill.inputs=teacher: no gradient crosses layers in this mode"
+            found.append(Issue("distill.inputs", "distill.mode=layers compares experts on the teacher's hidden states", "own", hint))
+        if self.targets == "experts+attn":
+            if self.method.name in ("sparsegpt", "naee", "reap", "ean", "frequency"):
+                hint = "wanda, moe_pruner, path, magnitude and random prune attention too"
+                found.append(Issue("targets", f"method {self.method.name} prunes experts only", self.targets, hint))
+            if self.distill is not None:
+                hint = "distil without attention in targets, or prune attention without distill"
+                found.append(Issue("targets", "distillation keeps the masks of experts only", self.targets, hint))
+            if self.save_sums or self.from_sums:
+                found.append(Issue("targets", "cached sums hold no attention", self.targets, "leave save_sums and from_sums out"))
         if not self.evaluation.texts:
             found.append(Issue("evaluation.texts", "names no text", hint="for example {wikitext: wiki.test.raw}", has_value=False))
         return found

@@ -154,6 +154,10 @@ class WeightMethod:
     def begin(self, expert: Expert) -> Statistics | None:
         return None if self.statistics is None else self.statistics(expert)
 
+    def linear_mask(self, weight: Tensor, sums: Tensor, pattern: Pattern, key: Key) -> Tensor:
+        """Mask of a matrix outside the experts, with no router weight: Wanda's score from s_j = sum_t z_tj^2 of its input."""
+        return self.mask(weight.abs() * sums.to(weight).sqrt(), pattern)
+
     def cut(self, expert: Expert, sums: Mapping[str, Tensor], pattern: Pattern, key: Key) -> Cut:
         """Masks (and changed weights) for one expert from its sums. ``key`` feeds the methods that draw at random."""
         return Cut({role: self.mask(score, pattern) for role, score in self.scores(expert, sums).items()})

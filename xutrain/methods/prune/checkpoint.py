@@ -23,6 +23,7 @@ from torch import Tensor
 from xutrain.engine.rng import Key
 from xutrain.engine.workers import Workers
 from xutrain.errors import DataError, Issue, Stopped, UsageError
+from xutrain.methods.prune import attention
 from xutrain.methods.prune.base import Routing, WeightMethod
 from xutrain.methods.prune.expert import Outcome, Row, decide, prune_expert, share_dropped, store
 from xutrain.methods.prune.forward import Forward
@@ -30,6 +31,7 @@ from xutrain.methods.prune.journal import Journal, identity
 from xutrain.methods.prune.load_balance import coefficient_of_variation, loads
 from xutrain.methods.prune.masks import Pattern, write_masks
 from xutrain.methods.prune.sums import SumsReader, SumsWriter
+from xutrain.models.decoder import Layer
 from xutrain.models.moe import Architecture
 from xutrain.models.shards import DTYPES, Source, Target
 
@@ -44,6 +46,8 @@ class Report:
     experts: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     already: bool = False
+    #: share of the attention weights that is zeroed; 0 where attention is no target
+    attention: float = 0.0
 
     @property
     def sparsity(self) -> float:
@@ -70,6 +74,7 @@ def prune_checkpoint(
     sparsity: float = 0.5,
     pattern: str = "unstructured",
     propagate: Literal["pruned", "dense"] = "pruned",
+    targets: Literal["experts", "experts+attn"] = "experts",
     rescale: bool = False,
     seed: int = 0,
     batch: int = 8,
@@ -92,7 +97,8 @@ def prune_checkpoint(
         method: a name, a name with options as a mapping, or an object.
         sparsity: share of each group that goes, for ``pattern="unstructured"``; ``pattern="2:4"`` keeps two of four.
         propagate: whose output the next layer is calibrated with.
-        rescale: fold one factor per output row into the pruned matrices (ours).
+        targets: ``experts+attn`` cuts the attention matrices too, by the ungated score.
+        rescale: fold one factor per output row into the pruned matrices of experts (ours).
         batch, chunk: sequences per attention pass, tokens per expert pass; they bound memory, and fix the order of sums.
         compute, device: of the calibration pass. Weights are stored in the checkpoint's dtype.
         workers: one logical worker per process; None is a single process.
@@ -116,13 +122,15 @@ def prune_checkpoint(
     check_tokens(tokens, arch)
     known = {"method": part.options.model_dump(), "pattern": how.name, "sparsity": how.sparsity, "propagate": propagate, "rescale": rescale}
     known |= {"seed": seed, "batch": batch, "chunk": chunk, "compute": str(compute), "from_sums": str(from_sums) if from_sums else None}
+    known |= {"targets": targets} if targets != "experts" else {}
     journal = Journal(target_folder, identity(source, tokens, known))
     if (done := journal.finished()) is not None:
-        return Report(target_folder, done["experts"], done["layers"], already=True)
+        return Report(target_folder, done["experts"], done["layers"], already=True, attention=done.get("attention", 0.0))
     forward = Forward(arch, source, compute, torch.device(device), workers or Workers(1), batch, chunk)
     run = _Run(forward, Target(target_folder, source.headers), part, how, journal)
     run.propagate, run.rescale, run.seed = propagate, rescale, seed
     run.save_every, run.progress = save_every, progress
+    run.attention = attention.names(arch, source) if targets == "experts+attn" else set()
     run.masks = Path(save_masks) if save_masks else None
     run.writer = SumsWriter(Path(save_sums), arch, part, known) if save_sums else None
     run.reader = SumsReader(Path(from_sums), arch, part) if from_sums else None
@@ -171,6 +179,7 @@ class _Run:
     rescale: bool
     seed: int
     save_every: int
+    attention: set[str]
     masks: Path | None
     progress: Progress | None
     writer: SumsWriter | None
@@ -197,13 +206,13 @@ class _Run:
             first, hidden = len(self.journal.layers), torch.empty(0)
         hidden = self.forward.embed(tokens) if hidden is None else hidden.to(self.forward.device)
         for index in range(first, self.arch.layers):
-            rows, load = self.layer(index, hidden)
+            rows, load, cut = self.layer(index, hidden)
             self.target.sync()
             self.workers.barrier()
             if self.main:
                 if self.reader is None and (index + 1) % self.save_every == 0 and index + 1 < self.arch.layers:
                     self.journal.save_hidden(index + 1, hidden)
-                self.journal.add({"layer": index, "experts": [r.as_dict() for r in rows], "load": load})
+                self.journal.add({"layer": index, "experts": [r.as_dict() for r in rows], "load": load, "attention": cut})
             stop = self.progress is not None and self.progress(index + 1, self.arch.layers)
             if self.workers.any(stop) and index + 1 < self.arch.layers:
                 raise Stopped(Issue(str(self.journal.out), f"stopped after layer {index + 1} of {self.arch.layers}", has_value=False))
@@ -211,7 +220,7 @@ class _Run:
 
     def copy_untouched(self) -> None:
         """Everything but expert matrices, bit by bit; shards are divided over the processes."""
-        touched = {n for layer in range(self.arch.layers) for n in self.arch.expert_names(layer)}
+        touched = self.attention.union(*(self.arch.expert_names(layer) for layer in range(self.arch.layers)))
         for i, file in enumerate(sorted(self.target.headers)):
             if i % self.workers.processes == self.workers.rank and not self.journal.has("copied", file):
                 for name, entry in self.source.entries.items():
@@ -221,14 +230,15 @@ class _Run:
                 if self.main:
                     self.journal.add({"copied": file})
 
-    def layer(self, index: int, hidden: Tensor) -> tuple[list[Row], dict[str, Any]]:
-        """Prune one layer and move ``hidden`` (n, s, d) through it, in place."""
+    def layer(self, index: int, hidden: Tensor) -> tuple[list[Row], dict[str, Any], list[int]]:
+        """Prune one layer and move ``hidden`` (n, s, d) through it, in place; rows, router load, (zeros, weights) of attention."""
         if self.reader is not None:
-            return self.from_sums(index), {}
+            return self.from_sums(index), {}, [0, 0]
         layer = self.forward.load(index)
+        cut = self.attend_pruned(layer, hidden) if self.attention else [0, 0]
         x = self.forward.attend(layer, hidden)
         if not self.arch.has_experts(index):
-            return [], {}
+            return [], {}, cut
         routing = self.forward.route(layer, x)
         rows: list[Row] = []
 
@@ -242,7 +252,16 @@ class _Run:
             self.writer.layer(index, self.workers)
         counts = loads(routing)
         cv = {f"{k}_cv": coefficient_of_variation(v) for k, v in counts.items()}
-        return self.everyone(rows), {"layer": index, **{k: v.tolist() for k, v in counts.items()}, **cv}
+        return self.everyone(rows), {"layer": index, **{k: v.tolist() for k, v in counts.items()}, **cv}, cut
+
+    def attend_pruned(self, layer: Layer, hidden: Tensor) -> list[int]:
+        """Cut the attention of a layer, and write it."""
+        key = Key(self.seed, "prune/attention", layer.index)
+        written = attention.prune_attention(self.forward, layer, hidden, self.method, self.pattern, key)
+        if self.main:
+            for name, weight in written.items():
+                self.target.write(name, weight)
+        return [sum(w.numel() - int(torch.count_nonzero(w)) for w in written.values()), sum(w.numel() for w in written.values())]
 
     def everyone(self, rows: list[Row]) -> list[Row]:
         """The rows of all processes, by expert."""
@@ -296,15 +315,16 @@ class _Run:
         self.workers.barrier()
         experts = [r for line in self.journal.layers for r in line["experts"]] if self.main else []
         layers = [line["load"] for line in self.journal.layers if line["load"]] if self.main else []
-        experts, layers = self.workers.objects([(experts, layers)])[0]
+        zeros, weights = (sum(line.get("attention", [0, 0])[i] for line in self.journal.layers) for i in (0, 1))
+        experts, layers, share = self.workers.objects([(experts, layers, zeros / max(1, weights))])[0]
         if self.main:
             copy_companions(self.source.folder, self.target.folder)
             self.target.write_index()
             if self.writer is not None:
                 self.writer.finish()
-            self.journal.finish({**known, "experts": experts, "layers": layers})
+            self.journal.finish({**known, "experts": experts, "layers": layers, "attention": share})
         self.workers.barrier()
-        return Report(self.target.folder, experts, layers)
+        return Report(self.target.folder, experts, layers, attention=share)
 
 
 def copy_companions(source: Path, out: Path) -> None:

@@ -9,6 +9,7 @@ or both on the teacher's (``inputs: teacher``: no gradient crosses layers). Limi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from torch.nn import functional as F
 from xutrain.methods.prune.masks import read_masks
 from xutrain.models.decoder import Decoder
 from xutrain.models.moe import Architecture
+
+
+def rate(options: Any, step: int) -> float:
+    """Learning rate of a step: linear warm-up times a cosine to zero."""
+    warm = min(1.0, (step + 1) / max(1, round(options.warmup * options.steps)))
+    return float(options.lr * warm * 0.5 * (1 + math.cos(math.pi * step / options.steps)))
 
 
 def expert_loss(

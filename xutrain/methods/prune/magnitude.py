@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
+from xutrain.engine.rng import Key
 from xutrain.methods.prune.base import ROLES, Expert, WeightMethod
 from xutrain.methods.prune.masks import Pattern, matrix_mask, row_mask
 from xutrain.registry import Named, method
@@ -23,6 +24,9 @@ class Magnitude(WeightMethod):
 
     def scores(self, expert: Expert, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {role: expert.matrix(role).abs() for role in ROLES}
+
+    def linear_mask(self, weight: Tensor, sums: Tensor, pattern: Pattern, key: Key) -> Tensor:
+        return self.mask(weight.abs(), pattern)
 
     def mask(self, score: Tensor, pattern: Pattern) -> Tensor:
         return (matrix_mask if self.options.group == "matrix" else row_mask)(score, pattern)  # type: ignore[attr-defined]

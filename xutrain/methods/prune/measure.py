@@ -13,6 +13,7 @@ from xutrain.engine.workers import Workers
 from xutrain.methods.prune.base import Tokens
 from xutrain.methods.prune.expert import gated_output
 from xutrain.methods.prune.forward import Forward
+from xutrain.methods.prune.skipping import median_ratio, skipped
 from xutrain.models.decoder import RMSNorm
 from xutrain.models.moe import Architecture
 from xutrain.models.shards import Source
@@ -33,14 +34,18 @@ def open_forward(
 
 
 @torch.no_grad()
-def window_losses(forward: Forward, windows: Tensor) -> Tensor:
-    """Mean next-token loss of every window, nats, float64 (n,), for windows int64 (n, s)."""
+def window_losses(forward: Forward, windows: Tensor, skip: list[float] | None = None) -> Tensor:
+    """Mean next-token loss of every window, nats, float64 (n,), for windows int64 (n, s).
+
+    skip: one threshold a layer for NAEE's dynamic skipping of the second expert; None: every routed expert is used.
+    """
     hidden = forward.embed(windows)
     for index in range(forward.arch.layers):
         layer = forward.load(index)
         x = forward.attend(layer, hidden)
         if forward.arch.has_experts(index):
             routing = forward.route(layer, x)
+            routing = routing if skip is None else skipped(routing, skip[index])
 
             def output(e: int, index: int = index, x: Tensor = x, routing: object = routing) -> Tensor:
                 return gated_output(forward.read(index, e), x, Tokens(*routing.routed(e)), forward.chunk)  # type: ignore[attr-defined]
@@ -54,6 +59,25 @@ def window_losses(forward: Forward, windows: Tensor) -> Tensor:
         F.cross_entropy((norm(h[:-1]) @ head.T).float(), w[1:].to(h.device)).double().cpu() for h, w in zip(hidden, windows, strict=True)
     ]
     return torch.stack(losses)
+
+
+@torch.no_grad()
+def skip_thresholds(forward: Forward, tokens: Tensor) -> list[float]:
+    """NAEE's threshold of every layer from calibration tokens (n, s): the median of second over first routing weight."""
+    hidden, found = forward.embed(tokens), []
+    for index in range(forward.arch.layers):
+        layer = forward.load(index)
+        x = forward.attend(layer, hidden)
+        found.append(0.0)
+        if forward.arch.has_experts(index):
+            routing = forward.route(layer, x)
+            found[-1] = median_ratio(routing)
+            forward.add_experts(
+                hidden,
+                routing,
+                lambda e, i=index, x=x, r=routing: gated_output(forward.read(i, e), x, Tokens(*r.routed(e)), forward.chunk),  # type: ignore[misc]
+            )
+    return found
 
 
 def perplexity(losses: Tensor) -> float:

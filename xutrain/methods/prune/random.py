@@ -18,9 +18,7 @@ class Random(WeightMethod):
         pass
 
     def cut(self, expert: Expert, sums: Mapping[str, Tensor], pattern: Pattern, key: Key) -> Cut:
-        masks = {}
-        for role in ROLES:
-            weight = expert.matrix(role)
-            draw = key.fold(stream=role).uniform(weight.numel()).view(weight.shape).to(weight.device)
-            masks[role] = row_mask(draw, pattern)
-        return Cut(masks)
+        return Cut({role: self.linear_mask(expert.matrix(role), expert.gate, pattern, key.fold(stream=role)) for role in ROLES})
+
+    def linear_mask(self, weight: Tensor, sums: Tensor, pattern: Pattern, key: Key) -> Tensor:
+        return row_mask(key.uniform(weight.numel()).view(weight.shape).to(weight.device), pattern)
