@@ -33,6 +33,15 @@ class Pace:
         self.unit_s = unit_ms / 1000
         self.straggler = straggler
         self.idle = not unit_ms and not straggler.probability
+        self._ahead: dict[int, float] = {}
+
+    @contextmanager
+    def beside(self, stage: int) -> Iterator[None]:
+        """Reading a batch, or an update: part of the iteration's nominal time, so the next piece of work is padded by that much less."""
+        began = time.perf_counter()
+        yield
+        if self.unit_s:
+            self._ahead[stage] = self._ahead.get(stage, 0.0) + time.perf_counter() - began
 
     @contextmanager
     def work(self, units: float, stage: int, iteration: int) -> Iterator[None]:
@@ -43,6 +52,6 @@ class Pace:
         began = time.perf_counter()
         yield
         spent = time.perf_counter() - began
-        rest = max(spent, units * self.unit_s) * slowed(self.straggler, stage, iteration) - spent
+        rest = max(spent, units * self.unit_s) * slowed(self.straggler, stage, iteration) - spent - self._ahead.pop(stage, 0.0)
         if rest > 0:
             time.sleep(rest)

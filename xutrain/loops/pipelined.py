@@ -150,7 +150,8 @@ class Pipeline:
             for stage in self.job.stages:
                 self._refuse_non_finite(stage, self.start + n)
                 stage.applied.append(Applied(stage.index, self.start + n, stage.updates, stage.updates, stage.updates))
-                self._update(stage, self.start + n)
+                with self.pace.beside(stage.index):
+                    self._update(stage, self.start + n)
             return
         self.pipes.expect(n + 1, self.size)
         waiting = []
@@ -159,7 +160,9 @@ class Pipeline:
             k, g = stage.index, None
             f, b = self._batch(n - self.delays.lags[k]), self._batch(n - self.delays.lags[k] - self.delays.m[k])
             if f is not None:
-                x = self.job.batch(f).inputs if stage.first else self.pipes.activations[k - 1].take()
+                with self.pace.beside(k):
+                    data = self.job.batch(f).inputs if stage.first else None
+                x = data if data is not None else self.pipes.activations[k - 1].take()
             if b is not None and not stage.last and not self.late and self.delays.q[k]:
                 g = self.pipes.gradients[k].take()
             if f is not None:
@@ -178,7 +181,8 @@ class Pipeline:
                 self.pipes.gradients[stage.index - 1].put(down)
             target = self.method.target(stage, f, b)
             if target is not None:
-                self._update(stage, target)
+                with self.pace.beside(stage.index):
+                    self._update(stage, target)
 
     def _batch(self, index: int) -> int | None:
         return self.start + index if 0 <= index < self.size else None

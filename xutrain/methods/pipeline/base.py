@@ -108,8 +108,11 @@ class Stage:
     def call(self, inputs: Tensor, batch: int, weights: dict[str, Tensor] | None = None) -> Tensor:
         """F_k(inputs) with the randomness of (run seed, block, batch), so a recomputation draws the same masks."""
         devices = [inputs.device] if inputs.device.type == "cuda" else []
+        seed = Key(self.seed, "block", batch, self.index).integer
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(Key(self.seed, "block", batch, self.index).integer)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace per absent kind of device: 2 ms a tick
+            if devices:
+                torch.cuda.manual_seed(seed)
             out = self.block(inputs) if weights is None else functional_call(self.block, weights, (inputs,))
         assert isinstance(out, Tensor), f"stage {self.index} returns {type(out).__name__}, not one tensor"
         return out

@@ -29,8 +29,9 @@ def simulate(
     c: float = 0.0,
     iterations: int = 1000,
     factor: Callable[[int, int], float] | np.ndarray | None = None,
+    since: int | None = None,
 ) -> float:
-    """Mean seconds per iteration of the last stage over the second half of ``iterations``, by the recurrence.
+    """Mean seconds per iteration of the last stage after the first ``since`` (half of ``iterations``), by the recurrence.
 
     Args:
         factor: how much longer stage k takes in iteration n, as a function (k, n) or an array of shape (K, iterations).
@@ -46,7 +47,7 @@ def simulate(
                 start = max(start, done[k + 1, n - q[k]] + c)
             longer = 1.0 if factor is None else factor(k, n - 1) if callable(factor) else factor[k, n - 1]
             done[k, n] = start + d[k] * longer
-    half = iterations // 2
+    half = iterations // 2 if since is None else since
     return float(done[-1, iterations] - done[-1, half]) / (iterations - half)
 
 
