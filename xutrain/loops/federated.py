@@ -24,7 +24,7 @@ from xutrain.errors import Issue, Stopped
 from xutrain.launch.plan import Forecast
 from xutrain.loops.clients import Bench, ClientData, Kept, Shard, shards
 from xutrain.loops.federated_checks import check_combination
-from xutrain.loops.federated_eval import measure, over_rounds, write_partition
+from xutrain.loops.federated_eval import finish, measure, over_rounds, write_partition
 from xutrain.loops.networks import Extra, build_networks, describe
 from xutrain.loops.uplink import BUFFERS, Sent, Uplink
 from xutrain.methods.federate.base import FederatedMethod, Federation, Reply, Round, State
@@ -39,6 +39,7 @@ class Job:
         kept: what the hosted clients keep.
         taken: local steps that each client has done so far, all clients.
         buffers: the server's batch-norm statistics.
+        eval: the recipe's section on measuring.
         extras: further networks that the method wants.
         seen: round and metrics of every measurement so far.
     """
@@ -54,6 +55,7 @@ class Job:
     server: State
     buffers: Tensor
     taken: list[int]
+    eval: Any
     extras: dict[str, Extra] = field(default_factory=dict)
     kept: dict[int, Kept] = field(default_factory=dict)
     seen: list[dict[str, float]] = field(default_factory=list)
@@ -81,7 +83,7 @@ def build(recipe: Any, ctx: Context) -> Job:
     workers = ctx.workers(clients)
     codec = registry.load("codec", recipe.codec.name)(recipe.codec, workers=recipe.per_round)
     codec.lay(replica.layout)
-    check_combination(recipe, cls, codec)
+    check_combination(recipe, cls, codec, replica.num_buffer_elements)
     extras = build_networks(cls.networks(recipe.method, clients), task, ctx)
     federation = Federation(
         clients,
@@ -103,7 +105,21 @@ def build(recipe: Any, ctx: Context) -> Job:
     uplink = Uplink(ctx, workers, codec, recipe.uplink.error_feedback, silent=cls.silent)
     private = cls.silent or cls.private_buffers
     policy = "none" if not replica.num_buffer_elements else "local" if private else recipe.train.buffers
-    return Job(task, replica, bench, workers, uplink, method, parts, policy, method.server_state(theta), buffers, [0] * clients, extras)
+    return Job(
+        task,
+        replica,
+        bench,
+        workers,
+        uplink,
+        method,
+        parts,
+        policy,
+        method.server_state(theta),
+        buffers,
+        [0] * clients,
+        recipe.eval,
+        extras,
+    )
 
 
 def _weights(recipe: Any, dealt: list[Any]) -> tuple[float, ...]:
@@ -171,7 +187,7 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
     if first < rounds or saved is None:
         record.log(rounds, {k: v for k, v in final.items() if k.startswith("train")}, round=rounds)
         _save(checkpoints, job, ctx, rounds)
-    return {**final, **over_rounds(job.seen)}
+    return {**final, **over_rounds(job.seen), **finish(job, ctx, record)}
 
 
 def play(job: Job, setting: Round) -> dict[str, float]:

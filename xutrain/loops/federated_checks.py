@@ -9,7 +9,7 @@ from xutrain.methods.codecs.base import Codec
 from xutrain.methods.federate.base import FederatedMethod
 
 
-def check_combination(recipe: Any, cls: type[FederatedMethod], codec: Codec) -> None:
+def check_combination(recipe: Any, cls: type[FederatedMethod], codec: Codec, buffers: int) -> None:
     """Refuse what an average of clients' messages, or a client's local steps, cannot be.
 
     Raises:
@@ -39,5 +39,8 @@ def check_combination(recipe: Any, cls: type[FederatedMethod], codec: Codec) -> 
             issues.append(
                 Issue("method.local_momentum", "a momentum on top of local Adam's", momentum, "set it to 0, or train.optimizer=sgd")
             )
+    if cls.without_buffers and buffers:
+        what = f"has running statistics, which the several models of a client under {method} cannot share"
+        issues.append(Issue("model", what, recipe.model.name, "take a net without batch norm, for example unet with norm: instance"))
     if issues:
         raise RecipeError(*issues)

@@ -1,13 +1,13 @@
 """Further networks beside the model: built once per process, offered to a method as problems of their own.
 
-Their task is to say which client a sample comes from, so the label is the client's number and needs no data. A 2-D network
-on volumes looks at axial slices (the last axis): some drawn ones while it trains, all of them, averaged, when it decides.
+Their task is to say which client a sample comes from, so the label is the client's number and needs no data. They are 2-D: of
+a volume they look at axial slices, some drawn ones while they train, all of them, averaged, when they decide.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from xutrain.methods.federate.base import Network
 
 if TYPE_CHECKING:
     from xutrain.loops.clients import ClientData
+    from xutrain.models.selector import Kind
 
 
 @dataclass
@@ -30,44 +31,43 @@ class Extra:
     network: Network
     replica: Replica
 
-    def images(self, inputs: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, int]:
-        """``inputs`` as the network wants them, and how many images each sample became.
+    def images(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        """``inputs`` as the network trains on them: images as they are, of volumes ``slices`` drawn axial slices."""
+        from xutrain.models.selector import slices_of
 
-        A volume (b, c, x, y, z) becomes its axial slices (b * n, c, x, y): ``slices`` drawn ones, or all without a generator.
-        """
-        if self.network.dims is None or inputs.ndim - 2 == self.network.dims:
-            return inputs, 1
-        depth = inputs.shape[-1]
-        at = torch.arange(depth) if generator is None else torch.randint(depth, (self.network.slices,), generator=generator)
-        cut = inputs.index_select(-1, at.to(inputs.device)).movedim(-1, 1)
-        return cut.reshape(-1, *cut.shape[2:]), len(at)
+        if inputs.ndim == 4:
+            return inputs
+        return slices_of(inputs, torch.randint(inputs.shape[2], (self.network.slices,), generator=generator).to(inputs.device))
 
     def probabilities(self, vector: Tensor, inputs: Tensor) -> Tensor:
-        """Softmax of each sample, shape (b, outputs); evaluation mode, mean over the slices of a volume."""
-        images, each = self.images(inputs)
+        """Softmax of each sample, shape (b, outputs); evaluation mode, mean over all slices of a volume."""
+        from xutrain.models.selector import vote
+
         self.replica.point(vector)
         module = self.replica.module
         module.eval()
         with torch.no_grad():
-            found = torch.softmax(module(images).float(), dim=1)
+            found = vote(module, inputs)
         module.train()
-        return found.view(len(inputs), each, -1).mean(dim=1)
+        return found
 
 
 def build_networks(wanted: dict[str, Network], task: Task, ctx: Context) -> dict[str, Extra]:
     """The modules of a method's further networks, with weights drawn by the run's seed."""
     if not wanted:
         return {}
-    from xutrain.models.selector import build_selector
+    from xutrain.models.selector import build_selector, check_selector
 
     made = {}
     for name, network in wanted.items():
         dims = len(task.input_shape) - 1
-        if dims not in (2, 3) or (network.dims or dims) > dims:
-            what = f"a network beside the model looks at images; samples here have shape {tuple(task.input_shape)}"
-            raise RecipeError(Issue("data.name", what, task.name, "choose images or volumes, or a method without a selector"))
+        if dims not in (2, 3) or not hasattr(task, "split_sites"):
+            what = "a selector tells the sites of images apart, and this data set has none"
+            raise RecipeError(Issue("data.name", what, task.name, "choose a data set of several sites, such as medical_synthetic"))
+        kind = cast("Kind", network.kind)
+        check_selector(kind, task.input_shape[1:])
         ctx.seed_torch(f"init/{name}")
-        module: nn.Module = build_selector(network.kind, task.input_shape[0], network.dims or dims, network.outputs).to(ctx.device)
+        module: nn.Module = build_selector(kind, task.input_shape[0], dims, network.outputs).to(ctx.device)
         module.train()
         made[name] = Extra(network, Replica(module))
         assert made[name].replica.num_buffer_elements == 0, "a selector has no statistics"
@@ -82,8 +82,7 @@ class WhoseSample:
     data: ClientData
 
     def _loss(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        images, _ = self.extra.images(inputs, generator)
-        outputs = self.extra.replica.module(images)
+        outputs = self.extra.replica.module(self.extra.images(inputs, generator))
         return nn.functional.cross_entropy(outputs, outputs.new_full((len(outputs),), self.data.client, dtype=torch.int64))
 
     def _gradient(self, point: Tensor, inputs: Tensor, key: Key) -> Tensor:

@@ -93,13 +93,11 @@ class Network:
     Attributes:
         kind: which, a name that ``xutrain.models.selector.build_selector`` knows.
         outputs: its classes.
-        dims: spatial dimensions of its input: 2 on volumes means axial slices of them; None: those of the samples.
-        slices: axial slices of a volume that one training pass looks at, where ``dims`` is below the samples' own.
+        slices: axial slices of a volume that one training pass looks at.
     """
 
     kind: str
     outputs: int
-    dims: int | None = None
     slices: int = 12
 
 
@@ -247,6 +245,7 @@ class FederatedMethod:
         tolerant: replies that are not finite are passed to ``merge`` instead of ending the run.
         adaptive: the local steps may be Adam's (``train.optimizer: adam``).
         plain: what is sent is not encoded (whole models and moments, which no codec of gradients fits).
+        without_buffers: a client has several models, which cannot share running statistics: nets that have them are refused.
         private_buffers: batch-norm statistics stay with their clients, whatever ``train.buffers`` says.
     """
 
@@ -258,6 +257,7 @@ class FederatedMethod:
     tolerant: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
     plain: ClassVar[bool] = False
+    without_buffers: ClassVar[bool] = False
     private_buffers: ClassVar[bool] = False
 
     class Options(Named):

@@ -1,0 +1,70 @@
+"""Overlays of prediction and truth, one PNG a site."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from xutrain.engine.record import Record
+
+if TYPE_CHECKING:
+    from xutrain.loops.federated import Job
+    from xutrain.loops.site_eval import Answer, Choice
+
+#: truth and prediction, told apart by colour-blind readers and by their line style
+TRUTH, PREDICTION = "#f0e442", "#00b4ff"
+
+
+def flat(image: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
+    """Of a volume the axial slice in which the first mask is largest; images as they are."""
+    if image.ndim == 2:
+        return image, *masks
+    depth = int(masks[0].flatten(1).sum(1).argmax())
+    return image[depth], *(m[depth] for m in masks)
+
+
+def draw(job: Job, record: Record, answer: Answer, choice: Choice, masks: dict[int, Tensor]) -> None:
+    """``overlay-<site>.png``: a column a sample (lower Dice first), the image above, with outlines below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    from xutrain.loops.site_tables import name_of
+
+    task: Any = job.task
+    sites, first, wanted = task.split_sites("test"), 0, dict[int, tuple[Tensor, Tensor]]()
+    for batch in task.batches("test", job.bench.eval_batch):
+        for i in range(len(batch)):
+            if first + i in masks:
+                wanted[first + i] = (batch.inputs[i], batch.targets[i])
+        first += len(batch)
+    for site in sites.unique().tolist():
+        samples = sorted((i for i in masks if int(sites[i]) == site), key=lambda i: float(answer.dice[i].nanmean()))
+        if not samples:
+            continue
+        figure = Figure(figsize=(2.6 * len(samples) + 0.4, 5.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(2, len(samples), squeeze=False)
+        for column, i in enumerate(samples):
+            image, truth = wanted[i]
+            for line in (0, 1):
+                axes[line][column].set_axis_off()
+                picture = flat(image.mean(0), truth[0])[0]
+                axes[line][column].imshow(picture, cmap="gray", interpolation="nearest")
+            for s in range(len(truth)):
+                _, wanted_mask, found = flat(image.mean(0), truth[s], masks[i][s])
+                for mask, colour, style in ((wanted_mask, TRUTH, "solid"), (found, PREDICTION, "dashed")):
+                    if bool(torch.any(mask > 0)) and not bool(torch.all(mask > 0)):
+                        axes[1][column].contour(mask.float(), levels=[0.5], colors=colour, linestyles=style, linewidths=1.6)
+            dice = float(answer.dice[i].nanmean())
+            axes[0][column].set_title(f"Dice {dice:.2f}\nby {name_of(job, int(choice.route[i]))}", fontsize=9)
+        handles = [Line2D([], [], color=TRUTH, label="truth"), Line2D([], [], color=PREDICTION, linestyle="dashed", label="prediction")]
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, frameon=True)
+        legend.get_frame().set_facecolor("#444444")
+        for text in legend.get_texts():
+            text.set_color("white")
+        kind = "" if site not in task.unseen_sites else ", not trained on"
+        figure.suptitle(f"{task.site_names[site]}{kind}{' (synthetic)' if task.synthetic else ''}", fontsize=10)
+        figure.savefig(record.artefact(f"overlay-{task.site_names[site]}.png"), dpi=110, metadata={"Software": None})
