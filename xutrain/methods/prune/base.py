@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xutrain.engine.rng import Key
-from xutrain.methods.prune.masks import Pattern, row_mask
+from xutrain.methods.prune.masks import Pattern, keep, row_mask
 from xutrain.registry import Named
 
 #: The three matrices of a SwiGLU expert: W1 (inside silu), W3 and W2 of Mixtral.
@@ -116,7 +116,7 @@ class Cut:
 
     def applied(self, expert: Expert) -> Expert:
         """The pruned expert: changed weights where given, else the old ones, zero where dropped."""
-        new = {r: torch.where(m, self.weights.get(r, expert.matrix(r)), 0.0) for r, m in self.masks.items()}
+        new = {r: keep(self.weights.get(r, expert.matrix(r)), m) for r, m in self.masks.items()}
         return Expert(*(new.get(r, expert.matrix(r)) for r in ROLES))
 
 
@@ -156,7 +156,7 @@ class WeightMethod:
 
     def linear_mask(self, weight: Tensor, sums: Tensor, pattern: Pattern, key: Key) -> Tensor:
         """Mask of a matrix outside the experts, with no router weight: Wanda's score from s_j = sum_t z_tj^2 of its input."""
-        return self.mask(weight.abs() * sums.to(weight).sqrt(), pattern)
+        return self.mask((weight * sums.to(weight).sqrt()).abs_(), pattern)
 
     def cut(self, expert: Expert, sums: Mapping[str, Tensor], pattern: Pattern, key: Key) -> Cut:
         """Masks (and changed weights) for one expert from its sums. ``key`` feeds the methods that draw at random."""

@@ -33,7 +33,7 @@ from xutrain.methods.prune.masks import Pattern, write_masks
 from xutrain.methods.prune.sums import SumsReader, SumsWriter
 from xutrain.models.decoder import Layer
 from xutrain.models.moe import Architecture
-from xutrain.models.shards import DTYPES, Source, Target
+from xutrain.models.shards import Source, Target
 
 Progress = Callable[[int, int], bool]
 
@@ -269,10 +269,11 @@ class _Run:
         return sorted((Row(**r) for block in blocks for r in block), key=lambda r: r.expert)
 
     def expert(self, layer: int, e: int, x: Tensor, routing: Routing) -> Outcome:
+        stored = self.forward.stored(layer, e)
         outcome = prune_expert(
             self.method,
-            self.forward.read(layer, e),
-            self.stored(layer, e),
+            self.forward.computing(stored),
+            stored,
             x,
             routing,
             (layer, e),
@@ -294,16 +295,14 @@ class _Run:
         rows: list[Row] = []
         for e in range(self.arch.experts if self.arch.has_experts(layer) else 0):
             if e % self.workers.processes == self.workers.rank:
-                expert = self.forward.read(layer, e)
+                stored = self.forward.stored(layer, e)
+                expert = self.forward.computing(stored)
                 sums, tokens = self.reader.expert(layer, e)
                 on = {k: v.to(expert.gate) for k, v in sums.items()}
                 cut, fallback = decide(self.method, expert, on, tokens, self.pattern, Key(self.seed, "prune", layer, e))
-                self.write(layer, e, store(cut, expert, self.stored(layer, e)), cut.masks)
+                self.write(layer, e, store(cut, stored), cut.masks)
                 rows.append(Row(layer, e, tokens, None, fallback, share_dropped(cut.masks), None))
         return self.everyone(rows)
-
-    def stored(self, layer: int, e: int) -> torch.dtype:
-        return DTYPES[self.source.entry(self.arch.expert_name(layer, e, "gate")).dtype]
 
     def write(self, layer: int, e: int, matrices: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
         if self.masks is not None:

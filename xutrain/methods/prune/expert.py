@@ -15,7 +15,7 @@ from torch import Tensor
 from xutrain.engine.rng import Key
 from xutrain.errors import DataError, Issue
 from xutrain.methods.prune.base import ROLES, Chunk, Cut, Expert, Routing, Tokens, WeightMethod, magnitude_cut
-from xutrain.methods.prune.masks import Pattern, sparsity
+from xutrain.methods.prune.masks import Pattern, keep, kept
 from xutrain.methods.prune.rescale import RowScales
 
 
@@ -70,7 +70,7 @@ def gated_output(expert: Expert, x: Tensor, tokens: Tokens, size: int) -> Tensor
 def prune_expert(
     method: WeightMethod,
     expert: Expert,
-    stored: torch.dtype,
+    stored: Expert,
     x: Tensor,
     routing: Routing,
     place: tuple[int, int],
@@ -85,7 +85,7 @@ def prune_expert(
     """Prune one expert with the calibration tokens of its layer.
 
     Args:
-        method: the score. expert: its matrices in the compute dtype. stored: dtype of the checkpoint.
+        method: the score. expert: its matrices in the compute dtype, masked in place at the end. stored: as in the checkpoint.
         x: input of the layer's experts, (T, d). routing: the router's decision for those tokens.
         place: (layer, expert). pattern: how much goes. key: for methods that draw.
         rescale: one factor per output row. propagate: whose output is returned, the pruned or the dense expert's.
@@ -119,8 +119,8 @@ def prune_expert(
         for part in chunks(expert, x, chosen, chunk):
             scales.add(part)
         cut = scales.cut(cut)
-    matrices = store(cut, expert, stored)
-    pruned = Expert(*(matrices[r].to(expert.gate.dtype) for r in ROLES))
+    matrices = store(cut, stored)
+    pruned = forward_form(cut, expert, matrices)
     output = gated_output(pruned, x, routed, chunk)
     whole = float(dense.double().norm())
     error = float((dense - output).double().norm()) / whole if whole > 0 else None
@@ -135,15 +135,25 @@ def decide(method: WeightMethod, expert: Expert, sums: Mapping[str, Tensor], tok
     return method.cut(expert, sums, pattern, key), False
 
 
-def store(cut: Cut, expert: Expert, stored: torch.dtype) -> dict[str, Tensor]:
-    """The pruned matrices in the checkpoint's dtype; kept weights that no repair touched are the stored ones, bit for bit."""
-    pruned = cut.applied(expert)
-    return {role: pruned.matrix(role).to(stored) for role in ROLES}
+def store(cut: Cut, stored: Expert) -> dict[str, Tensor]:
+    """The pruned matrices as the checkpoint has them; kept weights that no repair touched are the stored ones, bit for bit."""
+    return {r: keep(cut.weights[r].to(w) if r in cut.weights else w, cut.masks[r].to(w.device)) for r in ROLES for w in (stored.matrix(r),)}
+
+
+def forward_form(cut: Cut, expert: Expert, matrices: Mapping[str, Tensor]) -> Expert:
+    """The pruned expert as the forward pass computes with it: what was stored, in the compute dtype."""
+    found = []
+    for role in ROLES:
+        weight, new = expert.matrix(role), matrices[role]
+        if role in cut.weights or (new.dtype == weight.dtype and new.device == weight.device):
+            found.append(new.to(weight))
+        else:
+            found.append(keep(weight, cut.masks[role], out=weight))
+    return Expert(*found)
 
 
 def share_dropped(masks: Mapping[str, Tensor]) -> float:
-    total = sum(m.numel() for m in masks.values())
-    return sum(sparsity(m) * m.numel() for m in masks.values()) / total
+    return 1 - sum(kept(m) for m in masks.values()) / sum(m.numel() for m in masks.values())
 
 
 def _check_finite(sums: Mapping[str, Tensor], name: str) -> None:

@@ -39,9 +39,16 @@ class Forward:
     def load(self, index: int) -> Layer:
         return load_layer(self.arch, self.source, index, self.config, self.compute, self.device)
 
+    def stored(self, layer: int, expert: int) -> Expert:
+        """One expert as the checkpoint has it."""
+        return Expert(*(self.source.read(self.arch.expert_name(layer, expert, r)) for r in ROLES))
+
+    def computing(self, stored: Expert) -> Expert:
+        """The same in the dtype and on the device of the forward pass."""
+        return Expert(*(stored.matrix(r).to(self.device, self.compute) for r in ROLES))
+
     def read(self, layer: int, expert: int) -> Expert:
-        names = (self.arch.expert_name(layer, expert, r) for r in ROLES)
-        return Expert(*(self.source.read(n).to(self.device, self.compute) for n in names))
+        return self.computing(self.stored(layer, expert))
 
     def attend(self, layer: Layer, hidden: Tensor) -> Tensor:
         """Attention, residual, and what every token gets, in place; returns the experts' input (n s, d)."""

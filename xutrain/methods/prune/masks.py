@@ -66,10 +66,10 @@ def row_mask(score: Tensor, pattern: Pattern) -> Tensor:
     if drop == columns:
         return ~mask
     # The drop-th smallest value of each row decides; a sort of the row is only needed to break ties.
-    threshold = torch.kthvalue(score, drop, dim=1, keepdim=True).values
+    threshold = _kth_smallest(score, drop)
     mask = score > threshold
-    excess = mask.sum(1) - (columns - drop)  # rows where several weights equal the threshold keep too few
-    if not bool((excess == 0).all()):
+    if kept(mask) != len(score) * (columns - drop):  # rows where several weights equal the threshold keep too few
+        excess = mask.sum(1) - (columns - drop)
         tied = score == threshold
         spare = (-excess).unsqueeze(1)  # how many of the tied ones stay: the last ones in column order
         from_right = tied.flip(1).cumsum(1).flip(1)
@@ -77,13 +77,31 @@ def row_mask(score: Tensor, pattern: Pattern) -> Tensor:
     return mask
 
 
+def _kth_smallest(score: Tensor, k: int) -> Tensor:
+    """The k-th smallest value of every row, (rows, 1). numpy's selection is vectorised: ten times faster than kthvalue."""
+    if score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.partition(score.detach().numpy(), k - 1, axis=1)[:, k - 1 : k].copy())
+    return torch.kthvalue(score, k, dim=1, keepdim=True).values
+
+
 def _nm_mask(score: Tensor, pattern: Pattern) -> Tensor:
     assert pattern.keep is not None and pattern.of is not None
     rows, columns = score.shape
     pattern.check(columns, "a matrix")
-    order = score.view(rows, columns // pattern.of, pattern.of).argsort(dim=2, stable=True)
-    kept = torch.arange(pattern.of, device=score.device) >= pattern.of - pattern.keep
-    return torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, kept.expand_as(order)).view(rows, columns)
+    size, drop = pattern.of, pattern.of - pattern.keep
+    if size > 8:
+        order = score.view(rows, columns // size, size).argsort(dim=2, stable=True)
+        stay = torch.arange(size, device=score.device) >= drop
+        return torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, stay.expand_as(order)).view(rows, columns)
+    # The rank of each member of a small group by comparing all pairs, groups side by side; equal ones rank in column order.
+    members = score.reshape(-1, size).T.contiguous()
+    rank = torch.zeros_like(members, dtype=torch.uint8)
+    for j in range(size):
+        for i in range(j):
+            later = members[i] <= members[j]
+            rank[j] += later
+            rank[i] += ~later
+    return (rank >= drop).T.reshape(rows, columns)
 
 
 def matrix_mask(score: Tensor, pattern: Pattern) -> Tensor:
@@ -96,12 +114,34 @@ def matrix_mask(score: Tensor, pattern: Pattern) -> Tensor:
         return torch.ones_like(score, dtype=torch.bool)
     if drop >= score.numel():
         return torch.zeros_like(score, dtype=torch.bool)
-    return score > torch.kthvalue(score.flatten(), drop + 1).values
+    return score > _kth_smallest(score.reshape(1, -1), drop + 1)
+
+
+def kept(mask: Tensor) -> int:
+    """How many weights a mask keeps."""
+    return int(np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else mask.sum())
 
 
 def sparsity(mask: Tensor) -> float:
     """Fraction of weights that a mask drops."""
-    return 1 - float(mask.sum()) / mask.numel()
+    return 1 - kept(mask) / mask.numel()
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def keep(weight: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
+    """``weight`` where the mask is True, +0 elsewhere, into ``out`` (may be ``weight`` itself) or a new tensor.
+
+    An integer product of the bit patterns with 0 or 1: exact for every dtype, and many times faster than a selection.
+    """
+    if weight.device.type != "cpu" or mask.device.type != "cpu" or not weight.is_contiguous() or not mask.is_contiguous():
+        found = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        return found if out is None else out.copy_(found)
+    out = torch.empty_like(weight) if out is None else out
+    bits = _BITS[weight.element_size()]
+    np.multiply(weight.detach().view(bits).numpy(), mask.view(torch.int8).numpy(), out=out.detach().view(bits).numpy())
+    return out
 
 
 def _file(folder: Path, layer: int, expert: int) -> Path:

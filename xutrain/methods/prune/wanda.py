@@ -20,7 +20,7 @@ from xutrain.registry import method
 def input_norm_scores(expert: Expert, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """S_ij = |W_ij| sqrt(s_j): s from x for gate and up, from h for down. Shapes as the weights."""
     x, h = sums["x"].sqrt(), sums["h"].sqrt()
-    return {"gate": expert.gate.abs() * x, "up": expert.up.abs() * x, "down": expert.down.abs() * h}
+    return {"gate": (expert.gate * x).abs_(), "up": (expert.up * x).abs_(), "down": (expert.down * h).abs_()}
 
 
 @method("prune", "wanda", paper="2306.11695", summary="weight times input norm, inside each row")
