@@ -1,14 +1,15 @@
 """Federated rounds on one core: xutrain's loop against a plain torch loop, pfl and Flower's simulation, at equal answers.
 
 Usage:
-    python benchmarks/federated.py [--rounds 50] [--pairs 5] [--json]             xutrain against the plain loop
-    python benchmarks/federated.py --scale [--clients 1000] [--json]              memory and time with the number of clients
-    python benchmarks/federated.py --export FILE                                  the task's tensors, for peer scripts
-    python benchmarks/federated_peers.py pfl|flower FILE                          run in an environment that has the peer
+    python benchmarks/federated.py [--rounds 50] [--pairs 7] [--json FILE] [--quick]    the task below, with every peer that is there
+    python benchmarks/federated.py --scale [--clients 5000] [--json FILE] [--quick]     memory and time with the number of clients
+    python benchmarks/federated.py --export FILE                                        the task's tensors, for peer scripts
+    python benchmarks/peers/make.py pfl flower                                          the peers' environments (once)
 
 The task: FedAvg, 10 clients that all take part, MLP 784-64-10 (50,890 parameters), 10 SGD steps of 20 samples each, lr 0.05.
-Both sides start from the same weights and take the same batches; their final weights must agree to 1e-5 before anything is
-timed. CPU seconds per round come from interleaved blocks of rounds, the median over pairs.
+All sides start from the same weights and take the same batches; their weights after 5 rounds must agree to 1e-5 before anything
+is timed. CPU seconds per round: the plain loop and ours in interleaved blocks of rounds, medians over pairs; a peer in a program
+of its own (``federated_peers.py``), all its processes counted.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
-import sys
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +27,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
+from peers.make import python
+from results import Ratio, arguments, write
 from torch import nn
 
 from xutrain.engine.context import Context
@@ -109,29 +111,81 @@ def cpu(work: Any, rounds: int) -> float:
     return (time.process_time() - start) / rounds
 
 
-def compare(rounds: int, pairs: int) -> dict[str, Any]:
-    """Equal answers first, then interleaved blocks."""
+def compare(rounds: int, pairs: int) -> tuple[dict[str, float], torch.Tensor]:
+    """Equal answers first, then interleaved blocks; our weights after 5 rounds besides."""
     torch.set_num_threads(1)
     ours = Ours(recipe())
     plain = Plain(ours.job)
     for _ in range(5):
         ours.play()
         plain.play()
-    gap = float((ours.job.server["model"] - plain.flat()).abs().max())
+    after = ours.job.server["model"].clone()
+    gap = float((after - plain.flat()).abs().max())
     if gap > 1e-5:
         raise SystemExit(f"final weights differ by {gap:.3g}; nothing was timed")
-    after_5 = float(ours.job.server["model"].abs().sum())
     times = [(cpu(plain, rounds), cpu(ours, rounds)) for _ in range(pairs)]
-    base, own = statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
-    return {
-        "largest_weight_gap": gap,
-        "plain_cpu_s_per_round": base,
-        "xutrain_cpu_s_per_round": own,
+    measured = {
+        "gap": gap,
+        "plain": statistics.median(t[0] for t in times),
+        "xutrain": statistics.median(t[1] for t in times),
         "ratio": statistics.median(t[1] / t[0] for t in times),
-        "overhead_ms_per_client_call": (own - base) / CLIENTS * 1e3,
-        "rounds_per_cpu_s": 1 / own,
-        "sum_of_absolute_weights_after_5": after_5,
     }
+    return measured, after
+
+
+def peer(name: str, rounds: int, ours: torch.Tensor) -> dict[str, Any] | None:
+    """What ``federated_peers.py`` says of a peer in its environment; None where there is none.
+
+    Raises:
+        SystemExit: its weights after 5 rounds are not ours.
+    """
+    inside = python(name)
+    if inside is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        task, weights = Path(folder, "task.pt"), Path(folder, "weights.pt")
+        export(str(task))
+        script = Path(__file__).with_name("federated_peers.py")
+        command = [str(inside), str(script), name, str(task), "--rounds", str(rounds), "--weights", str(weights)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        if done.returncode:
+            raise SystemExit(f"{name} failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
+        gap = float((torch.load(weights, weights_only=True) - ours).abs().max())
+    if gap > 1e-5:
+        raise SystemExit(f"the weights of {name} differ by {gap:.3g}; nothing can be compared")
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**answer, "gap": gap}
+
+
+def task_table(rounds: int, pairs: int, quick: bool) -> tuple[list[dict[str, Any]], list[Ratio]]:
+    """Rows of all systems, and what was aimed at."""
+    footprint, start = apart(memory), apart(start_up)
+    measured, after = compare(rounds, pairs)
+    overhead = (measured["xutrain"] - measured["plain"]) / CLIENTS * 1e3
+    rows: list[dict[str, Any]] = [
+        {"system": "plain torch loop", "cpu_s_per_round": measured["plain"], "memory_mb": "", "cpu_s_to_first_round": "", "processes": 1,
+         "largest_weight_gap": 0.0},
+        {"system": "xutrain", "cpu_s_per_round": measured["xutrain"], "memory_mb": footprint["peak_rss_mb"],
+         "cpu_s_to_first_round": start["one_round_run_cpu_s"], "processes": 1, "largest_weight_gap": measured["gap"]},
+    ]  # fmt: skip
+    found: dict[str, float] = {}
+    why = "its environment is not there: python benchmarks/peers/make.py pfl flower"
+    for name in ("pfl", "flower"):
+        theirs = peer(name, 10 if quick else 40, after)
+        if theirs is not None:
+            found[name] = theirs["cpu_s_per_round"]
+            rows.append({"system": name, "largest_weight_gap": theirs["gap"], **{k: theirs[k] for k in rows[0] if k in theirs}})
+    pfl, flower = found.get("pfl"), found.get("flower")
+    own = measured["xutrain"]
+    ratios = [
+        Ratio("CPU time of a round, xutrain / plain loop", measured["ratio"], "<= 1.1"),
+        Ratio("rounds per CPU second, xutrain / pfl", pfl / own if pfl else None, ">= 1", "" if pfl else why),
+        Ratio("CPU time of a round, xutrain / Flower", own / flower if flower else None, "<= 0.333", "" if flower else why),
+        Ratio("ms per client call above the plain loop", overhead, "<= 2"),
+        Ratio("peak memory of ten clients, MB", footprint["peak_rss_mb"], "<= 400"),
+        Ratio("of which the imports, MB", footprint["rss_of_imports_mb"]),
+    ]
+    return rows, ratios
 
 
 def apart(work: Any, *arguments: Any) -> Any:
@@ -163,10 +217,25 @@ def memory() -> dict[str, float]:
     return {"rss_of_imports_mb": imports, "peak_rss_mb": peak_mb(), "peak_above_imports_mb": peak_mb() - imports}
 
 
-def scale(most: int, rounds: int) -> list[dict[str, Any]]:
+def scale(most: int, rounds: int) -> tuple[list[dict[str, Any]], list[Ratio]]:
     """10 % of the clients taking part, each size in a process of its own: CPU per client call, and memory."""
     sizes = [c for c in (100, 200, 500, 1000, 2000, 5000) if c <= most]
-    return [apart(_scale_one, clients, rounds, method) for clients in sizes for method in ("fedavg", "scaffold")]
+    rows = [apart(_scale_one, clients, rounds, method) for method in ("fedavg", "scaffold") for clients in sizes]
+    ratios = []
+    for method in ("fedavg", "scaffold"):
+        small, large = ([r for r in rows if r["method"] == method][i] for i in (0, -1))
+        grown = large["peak_rss_mb"] - small["peak_rss_mb"]
+        explained = large["data_mb"] - small["data_mb"] + large["client_states_mb"] - small["client_states_mb"]
+        per = large["cpu_ms_per_client_call"] / small["cpu_ms_per_client_call"]
+        ratios.append(Ratio(f"{method}: ms per client call, {large['clients']} clients / {small['clients']}", per, "<= 1.25"))
+        ratios.append(
+            Ratio(
+                f"{method}: memory from {small['clients']} to {large['clients']} clients beside samples and clients' states, kB a client",
+                (grown - explained) * 1024 / (large["clients"] - small["clients"]),
+                "<= 50",
+            )
+        )
+    return rows, ratios
 
 
 def _scale_one(clients: int, rounds: int, method: str) -> dict[str, Any]:
@@ -221,27 +290,31 @@ def export(path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=50, help="rounds of a block")
+    parser.add_argument("--pairs", type=int, default=7, help="pairs of blocks")
     parser.add_argument("--scale", action="store_true")
-    parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--clients", type=int, default=5000, help="most clients of --scale")
     parser.add_argument("--export", metavar="FILE")
-    parser.add_argument("--json", action="store_true")
+    arguments(parser)
     given = parser.parse_args()
     if given.export:
         export(given.export)
         return
-    value: Any = (
-        scale(given.clients, min(given.rounds, 10))
-        if given.scale
-        else {**apart(memory), **apart(start_up), **compare(given.rounds, given.pairs)}
-    )
-    if given.json:
-        host = {"host": platform.platform(), "torch": torch.__version__, "cpus": os.cpu_count()}
-        json.dump({"result": value, **host}, sys.stdout, indent=2)
-        return
-    for row in value if isinstance(value, list) else [value]:
+    rounds, pairs = (10, 3) if given.quick else (given.rounds, given.pairs)
+    if given.scale:
+        rows, ratios = scale(min(given.clients, 500) if given.quick else given.clients, 3 if given.quick else 10)
+        title = "Federated rounds with the number of clients, 10 % taking part, 50 samples each"
+    else:
+        rows, ratios = task_table(rounds, pairs, given.quick)
+        title = "FedAvg of ten clients at equal weights: MLP 784-64-10, 10 steps of 20 samples"
+    for row in rows:
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    for ratio in ratios:
+        value = "not measured: " + ratio.why if ratio.value is None else f"{ratio.value:.3g}"
+        print(
+            f"{ratio.name}: {value}  {ratio.aim and 'aim ' + ratio.aim + ', '}{'' if ratio.met is None else 'met' if ratio.met else 'MISSED'}"
+        )
+    write(given.json, title, rows, ratios)
 
 
 if __name__ == "__main__":
