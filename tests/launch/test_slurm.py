@@ -326,3 +326,40 @@ def test_two_jobs_on_one_folder(tmp_path: Path, fake: Path) -> None:
         slurm.launch([prepared], None)
     first.send_signal(signal.SIGTERM)
     assert first.wait(60) == 75
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["quantize", "--config", "orq", "data.name=cifar10", "model.name=resnet_cifar"], ["data set cifar10", "xutrain data prepare cifar10"]),
+        (
+            ["pretrain", "--config", "dsm", "data={name: tokens, prepared: openwebtext}"],
+            ["data set openwebtext", "xutrain data prepare openwebtext --source PATH"],
+        ),
+        (["pretrain", "--config", "dsm", "data.tokenizer=gpt2"], ["xutrain data prepare gpt2_bpe"]),
+        (["prune", "--config", "moe_pruner", "model.path=/no/Mixtral"], ["model.path: no such file or folder", "/no/Mixtral"]),
+    ],
+    ids=["set", "prepared", "tokenizer", "model"],
+)
+def test_missing_data_is_told_before_submission(
+    arguments: list[str], says: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 3, the command that makes it, and nothing submitted; a profile may say that only the nodes have the data."""
+    monkeypatch.setenv("XUTRAIN_DATA", str(tmp_path / "data"))
+    line = [*arguments, "--launcher", "slurm", "--out", str(tmp_path / "runs")]
+    assert run(line) == 3
+    told = " ".join(capfd.readouterr().err.split())
+    assert all(s in told for s in says) and "data_on_nodes: true" in told, told
+    assert not fake.read_text() and not list((tmp_path / "runs").rglob("run.json"))
+    assert run([*line, "--cluster", _profile(tmp_path, "data_on_nodes: true")]) == 0
+    assert fake.read_text().startswith("sbatch --parsable")
+
+
+def test_no_recipe_that_needs_nothing_is_refused() -> None:
+    """Every recipe's smoke size runs on embedded or generated data."""
+    from xutrain.launch.needs import missing
+    from xutrain.recipe import catalog
+
+    for entry in catalog.listing():
+        loaded = load(entry.name, entry.verb, smoke=True)
+        assert not missing(loaded.recipe), (entry, missing(loaded.recipe))

@@ -32,6 +32,9 @@ class Profile(Options):
     modules: list[str] = Field([], description="Environment modules to load.")
     setup: list[str] = Field([], description="Shell lines that run in the job before anything else.")
     extra_sbatch: list[str] = Field([], description="More sbatch options, one a line, such as --constraint=a100.")
+    data_on_nodes: bool = Field(
+        False, description="Data lie where only the nodes see them; without it they are looked for before submission."
+    )
     lead_s: int = Field(
         180, ge=5, le=86400, description="Seconds before the time limit at which the run saves and the job requeues itself."
     )

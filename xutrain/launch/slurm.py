@@ -17,7 +17,8 @@ from typing import Any
 import jinja2
 
 from xutrain.engine.record import read_json, write_json
-from xutrain.errors import Failed, Issue, UsageError
+from xutrain.errors import DataError, Failed, Issue, UsageError
+from xutrain.launch import needs
 from xutrain.launch.cluster import Profile, open_profile
 from xutrain.launch.job import clear_stop
 from xutrain.launch.plan import RunPlan, run_lock
@@ -32,6 +33,7 @@ def launch(plans: list[RunPlan], cluster: str | None, *, dry_run: bool = False, 
 
     Raises:
         UsageError: a wrong profile, no SLURM here, a run that is running or queued already.
+        DataError: data of a run are not here (unless the profile says that only the nodes have them).
         Failed: sbatch refused; what was submitted before it is cancelled.
     """
     name, profile = open_profile(cluster)
@@ -47,6 +49,8 @@ def launch(plans: list[RunPlan], cluster: str | None, *, dry_run: bool = False, 
         raise UsageError(Issue("--launcher", "slurm needs `sbatch`, which is not on PATH", "slurm", hint))
     for plan in todo:
         _refuse_busy(plan)
+    if not profile.data_on_nodes:
+        _refuse_missing(todo)
     jobs: dict[Path, str] = {}
     with contextlib.ExitStack() as undo:
         for batch in batches:
@@ -177,6 +181,14 @@ def _refuse_busy(plan: RunPlan) -> None:
         raise UsageError(Issue(str(plan.folder), f"is in the queue already, as job {job}", has_value=False, hint=hint))
     with run_lock(plan.folder):
         pass
+
+
+def _refuse_missing(plans: list[RunPlan]) -> None:
+    """What jobs would end with 3 for, now: all of it at once, each thing once."""
+    found = {(i.where, str(i.value)): i for plan in plans for i in needs.missing(plan.recipe)}
+    more = "where only the nodes have it: data_on_nodes: true in the profile"
+    if found:
+        raise DataError(*(Issue(i.where, i.what, i.value, f"{i.hint}; {more}", i.has_value) for i in found.values()))
 
 
 def _in_queue(job: str) -> bool:
