@@ -21,7 +21,14 @@ from xutrain.errors import Issue, RecipeError
 
 PACKAGE = Path(__file__).parent
 #: Where the parts of a kind live, relative to the package.
-ROOMS = {"codec": ("methods/codecs",), "method": ("methods",), "dataset": ("data",), "model": ("models",), "partition": ("data",)}
+ROOMS = {
+    "codec": ("methods/codecs",),
+    "method": ("methods",),
+    "dataset": ("data",),
+    "model": ("models",),
+    "partition": ("data",),
+    "agent": ("methods/federate/search",),
+}
 T = TypeVar("T", bound=type)
 
 
@@ -78,6 +85,11 @@ def model(name: str, *, paper: str = "", summary: str, aliases: tuple[str, ...] 
 def partition(name: str, *, summary: str, aliases: tuple[str, ...] = ()) -> Callable[[T], T]:
     """Register a rule that deals a data set to clients: a class with ``Options`` and a static ``deal``."""
     return _announce(Entry("partition", name, "", (), "", summary, aliases))
+
+
+def agent(name: str, *, paper: str = "", summary: str, aliases: tuple[str, ...] = ()) -> Callable[[T], T]:
+    """Register an agent that draws hyper-parameters of a federated round: see ``methods/federate/search/base.py``."""
+    return _announce(Entry("agent", name, "", ("federate",), paper, summary, aliases))
 
 
 def _announce(entry: Entry) -> Callable[[T], T]:

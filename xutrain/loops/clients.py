@@ -109,12 +109,21 @@ class Bench:
         self.replica.zero_grad()
         placed = batch.to(self.ctx.device)
         with self._precision():
-            loss = self.task.loss(self.replica.module(placed.inputs), placed)
+            outputs = self.replica.module(placed.inputs)
+            loss = self.task.loss(outputs, placed)
+        if self.train.entropy_coef:
+            loss = loss + self.train.entropy_coef * entropy_gap(outputs, self.train.entropy_target)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), self.replica.grad()
 
     def _precision(self) -> Any:
         return torch.autocast(self.ctx.device.type, torch.bfloat16) if self.train.precision == "bf16" else contextlib.nullcontext()
+
+
+def entropy_gap(logits: Tensor, target: float) -> Tensor:
+    """max(0, target - H), H the batch mean of the softmax entropy in nats of logits (b, C); keeps a network unsure (Auto-FedRL's code)."""
+    log_p = logits.log_softmax(dim=1)
+    return (target + (log_p.exp() * log_p).sum(dim=1).mean()).clamp_min(0.0)
 
 
 @dataclass

@@ -22,9 +22,11 @@ from xutrain.engine.stop import Stop
 from xutrain.engine.workers import Workers
 from xutrain.errors import Issue, Stopped
 from xutrain.launch.plan import Forecast
+from xutrain.loops.absence import count_lost, lose, lost_numbers
 from xutrain.loops.clients import Bench, ClientData, Kept, Shard, shards
 from xutrain.loops.federated_checks import check_combination
 from xutrain.loops.federated_eval import finish, measure, over_rounds, write_partition
+from xutrain.loops.federated_search import draw_search, searched
 from xutrain.loops.networks import Extra, build_networks, describe
 from xutrain.loops.uplink import BUFFERS, Sent, Uplink
 from xutrain.methods.federate.base import FederatedMethod, Federation, Reply, Round, State
@@ -88,7 +90,7 @@ def build(recipe: Any, ctx: Context) -> Job:
     federation = Federation(
         clients,
         _weights(recipe, dealt),
-        recipe.per_round < clients,
+        recipe.per_round < clients or recipe.clients.dropout > 0,
         recipe.seed,
         tuple((s.name, s.start, s.stop) for s in replica.layout),
         tuple(s.shape for s in replica.layout),
@@ -99,9 +101,11 @@ def build(recipe: Any, ctx: Context) -> Job:
         recipe.train.reset_optimizer,
     )
     method: FederatedMethod = cls(recipe.method, federation)
+    bench = Bench(task, replica, ctx, recipe.train, recipe.eval.batch_size)
+    if recipe.search is not None:
+        method = searched(recipe, method, bench, parts)
     theta = workers.broadcast(replica.read())  # rank 0's weights, whatever the others drew
     buffers = workers.broadcast(replica.buffers()) if replica.num_buffer_elements else replica.buffers()
-    bench = Bench(task, replica, ctx, recipe.train, recipe.eval.batch_size)
     uplink = Uplink(ctx, workers, codec, recipe.uplink.error_feedback, silent=cls.silent)
     private = cls.silent or cls.private_buffers
     policy = "none" if not replica.num_buffer_elements else "local" if private else recipe.train.buffers
@@ -137,12 +141,14 @@ def plan_round(recipe: Any, job: Job, index: int) -> Round:
     if not job.method.pooled and recipe.per_round < clients:
         order = torch.randperm(clients, generator=Key(recipe.seed, "clients", index).generator())
         chosen = tuple(sorted(order[: recipe.per_round].tolist()))
+    gone = () if job.method.silent else lose(recipe, chosen, index)
+    chosen = tuple(k for k in chosen if k not in gone)
     weights = [job.method.federation.weights[k] for k in chosen]
     if len(chosen) < clients:
         weights = [w / sum(weights) for w in weights]
     passes = job.parts[0].steps / job.parts[0].per_pass  # passes of a round: what an epoch is for the schedule
     lr = recipe.train.lr * factor(recipe.schedule, index, recipe.train.rounds, max(1, round(1 / passes)))
-    return Round(index, lr, chosen, tuple(job.parts[k].steps for k in chosen), tuple(weights))
+    return Round(index, lr, chosen, tuple(job.parts[k].steps for k in chosen), tuple(weights), lost=gone)
 
 
 def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
@@ -171,12 +177,18 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
             _save(checkpoints, job, ctx, index)
             raise Stopped(Issue(str(record.folder), f"stopped after round {index} of {rounds}", has_value=False))
         setting = job.method.configure(job.server, plan_round(recipe, job, index))
+        lost = job.method.lost(job.server)
         measured = play(job, setting)
 
         done = index + 1
+        if job.method.lost(job.server) > lost:
+            record.note(f"round {done}: not finite; reward -1, the model before it came back")
         record.progress(done, rounds, unit="round", loss=measured.get("local_loss", float("nan")))
         if done % recipe.log.every == 0 or done == rounds:
-            record.log(done, {**measured, "lr": setting.lr}, split="train", round=done)
+            record.log(done, measured, split="train", round=done)
+        searched = job.method.report(job.server)
+        if searched:
+            record.log(done, searched, split="search", round=done)
         if done % recipe.eval.every == 0 or done == rounds:
             job.seen.append({"round": done, **measure(job, ctx, "test")})
             record.log(done, {k: v for k, v in job.seen[-1].items() if k != "round"}, round=done)
@@ -187,21 +199,27 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
     if first < rounds or saved is None:
         record.log(rounds, {k: v for k, v in final.items() if k.startswith("train")}, round=rounds)
         _save(checkpoints, job, ctx, rounds)
+    if recipe.search is not None and ctx.is_main:
+        draw_search(record)
     return {**final, **over_rounds(job.seen), **finish(job, ctx, record)}
 
 
 def play(job: Job, setting: Round) -> dict[str, float]:
     """One round: every exchange of every client in ``setting``, merged in the order of clients. Returns measures of the round."""
-    gathered: dict[str, float] = {}
+    gathered: dict[str, float] = {"clients_lost": float(len(setting.lost))} if setting.lost else {}
+    sent = job.buffers.numel() if job.policy == "mean" else 0
+    count_lost(job.method, job.server, setting, job.uplink, job.workers.hosted, sent)
+    lost = job.method.lost(job.server)
     for exchange in range(job.method.exchanges):
+        setting = job.method.refine(job.server, setting, exchange)
         last = exchange == job.method.exchanges - 1
         merged = _Merged(job, setting, exchange, last)
         job.method.merge(job.server, setting, merged.replies(), exchange)
-        gathered.update(merged.finish())
+        gathered.update(merged.finish(lost))
     for client, steps in zip(setting.clients, merged.steps, strict=True):
         job.taken[client] += steps
     job.uplink.settle()
-    return gathered
+    return {**gathered, "lr": setting.lr}
 
 
 class _Merged:
@@ -255,10 +273,10 @@ class _Merged:
             job.kept[client] = kept
         return sent
 
-    def finish(self) -> dict[str, float]:
-        """Install the merged statistics; the weighted means of what the clients measured."""
+    def finish(self, lost: int) -> dict[str, float]:
+        """Install the merged statistics unless the round was thrown away; the weighted means of what the clients measured."""
         assert len(self.steps) == len(self.setting.clients), "a method must use up its stream of replies"
-        if self.last and self.job.policy != "none":
+        if self.last and self.job.policy != "none" and self.job.method.lost(self.job.server) == lost:
             self.job.buffers = self.buffers
         return {name: value for name, value in self.measures.items() if value == value}
 
@@ -275,6 +293,9 @@ def forecast(recipe: Any) -> Forecast:
         traffic = job.method.traffic_in(setting, numel, previous)
         for name, numbers in traffic.down.items():
             parts.setdefault(name, [0, 0])[1] += count * 32 * numbers
+        sent = job.buffers.numel() if job.policy == "mean" else 0
+        for name, numbers in lost_numbers(job.method, job.server, setting, traffic.down, sent).items():
+            parts.setdefault(name, [0, 0])[1] += 32 * numbers
         for name, numbers in traffic.up.items():
             bits = 32 * numbers if job.uplink.dense else job.uplink.codec.payload_bits(numbers)
             parts.setdefault(name, [0, 0])[0] += count * bits

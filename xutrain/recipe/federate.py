@@ -8,6 +8,7 @@ from pydantic import Field
 
 from xutrain.errors import Issue
 from xutrain.recipe.schema import Choice, Named, Options, Recipe, Schedule
+from xutrain.recipe.search import Search, contradictions
 
 
 class Clients(Options):
@@ -15,6 +16,9 @@ class Clients(Options):
 
     count: int = Field(16, ge=1, le=10**6, description="Clients K; the number of processes must divide it.")
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the clients that take part in a round, drawn anew each round.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Probability that a chosen client is lost in a round: it is sent the plan and never answers."
+    )
     weights: Literal["equal", "samples"] = Field("equal", description="p_k in the average: 1/K, or the client's share of the samples.")
     steps: Literal["equal", "own"] = Field(
         "equal",
@@ -41,6 +45,10 @@ class FederatedTrain(Options):
         "mean", description="Batch-norm statistics: mean of the clients' after a round; local: never sent (measured at their mean)."
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast the forward pass; weights stay fp32.")
+    entropy_coef: float = Field(
+        0.0, ge=0, le=1e3, description="Adds coef * max(0, entropy_target - mean softmax entropy in nats) to the loss (Auto-FedRL's code)."
+    )
+    entropy_target: float = Field(2.0, ge=0, description="Entropy below which the term above acts.")
 
 
 class FederatedEval(Options):
@@ -76,6 +84,7 @@ class FederateRecipe(Recipe):
     method: Annotated[Named, Choice("method", default="domo")]
     codec: Annotated[Named, Choice("codec", default="fp")]
     uplink: Uplink = Uplink()
+    search: Search | None = Field(None, description="An agent that draws hyper-parameters of every round; null: none.")
 
     @property
     def participants(self) -> int:
@@ -91,4 +100,4 @@ class FederateRecipe(Recipe):
         return max(1, round(self.clients.fraction * self.clients.count))
 
     def issues(self) -> list[Issue]:
-        return [*super().issues(), *self.schedule.issues("schedule")]
+        return [*super().issues(), *self.schedule.issues("schedule"), *(contradictions(self) if self.search is not None else [])]

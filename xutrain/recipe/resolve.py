@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import types
+import typing
 from typing import Any
 
 from pydantic import BaseModel, ValidationError, create_model
@@ -36,8 +38,8 @@ def concrete(cls: type[BaseModel], raw: dict[str, Any], verb: str, prefix: str, 
         where = f"{prefix}{name}"
         choice = next((m for m in field.metadata if isinstance(m, Choice)), None)
         if choice is None:
-            section = field.annotation
-            if isinstance(section, type) and issubclass(section, BaseModel) and isinstance(raw.get(name), dict):
+            section = _section(field.annotation)
+            if section is not None and isinstance(raw.get(name), dict):
                 inner = concrete(section, raw[name], verb, f"{where}.", problems)
                 if inner is not section:
                     fields[name] = (inner, ... if field.is_required() else field.default)
@@ -48,6 +50,14 @@ def concrete(cls: type[BaseModel], raw: dict[str, Any], verb: str, prefix: str, 
             continue
         fields[name] = (_chosen(choice, raw, name, verb, where, problems), ...)
     return create_model(cls.__name__, __base__=cls, __module__=cls.__module__, **fields) if fields else cls
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The options class of a section, also of one that may be null; None for plain values."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    kinds = [a for a in typing.get_args(annotation) if a is not type(None)] if union else [annotation]
+    found = kinds[0] if len(kinds) == 1 else None
+    return found if isinstance(found, type) and issubclass(found, BaseModel) else None
 
 
 def _chosen(choice: Choice, raw: dict[str, Any], name: str, verb: str, where: str, problems: list[Issue]) -> Any:

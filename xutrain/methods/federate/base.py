@@ -8,6 +8,7 @@ One round of `xutrain.loops.federated`, for a method ``m`` with server state S a
 
     round = m.configure(S, round)              hyper-parameters of this round; a search agent acts here
     for exchange in range(m.exchanges):        1 for nearly all methods; Mime uses 2
+        round = m.refine(S, round, exchange)   what the exchanges before have changed; a search agent with lag 0 acts here
         replies = (m.step(C[k], m.plan(S, round, k, exchange), problem[k]) for k in round.clients)
         m.merge(S, round, replies, exchange)
     evaluate m.served(S, C[k])
@@ -132,6 +133,8 @@ class Round:
         steps: local steps P_k of each of them.
         weights: p_k of each of them, summing to 1.
         knobs: options of the method that this round overrides.
+        lost: who was chosen and sent the plan besides, and never answers.
+        lrs: local learning rate of each of them, where they differ; ``lr`` is then their p_k-weighted mean.
     """
 
     index: int
@@ -140,6 +143,12 @@ class Round:
     steps: tuple[int, ...]
     weights: tuple[float, ...]
     knobs: Mapping[str, float] = field(default_factory=dict)
+    lost: tuple[int, ...] = ()
+    lrs: tuple[float, ...] = ()
+
+    def rate(self, client: int) -> float:
+        """Local learning rate of ``client``."""
+        return self.lrs[self.place(client)] if self.lrs else self.lr
 
     @property
     def mean_steps(self) -> float:
@@ -155,7 +164,7 @@ class Round:
 
 @dataclass
 class Plan:
-    """What one client is asked in one exchange of one round."""
+    """What one client is asked in one exchange of one round; ``round_lr`` is the round's lr where the client has its own."""
 
     client: int
     round: int
@@ -166,6 +175,7 @@ class Plan:
     knobs: dict[str, float] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
+    round_lr: float | None = None
 
     def copy(self) -> Plan:
         """A plan that shares nothing with this one, as a message that crossed a wire would."""
@@ -294,10 +304,23 @@ class FederatedMethod:
         """The configuration that this round really uses."""
         return round
 
+    def refine(self, server: State, round: Round, exchange: int) -> Round:
+        """The configuration of one exchange, given what the exchanges before it have said."""
+        return round
+
+    def report(self, server: State) -> dict[str, float]:
+        """Numbers for the record after each round."""
+        return {}
+
+    def lost(self, server: State) -> int:
+        """Rounds so far whose outcome was thrown away (tolerant methods)."""
+        return 0
+
     def plan(self, server: State, round: Round, client: int, exchange: int = 0) -> Plan:
         """What ``client`` is sent; the model, unless a method says otherwise."""
         steps = round.steps[round.place(client)]
-        plan = Plan(client, round.index, round.lr, steps, round.mean_steps, exchange, dict(round.knobs))
+        plan = Plan(client, round.index, round.rate(client), steps, round.mean_steps, exchange, dict(round.knobs))
+        plan.round_lr = round.lr if round.lrs else None
         if exchange == 0:
             plan.tensors["model"] = server["model"]
         return plan

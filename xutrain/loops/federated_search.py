@@ -1,0 +1,55 @@
+"""A federated method put under the agent that a recipe's ``search`` section asks for, and the picture of what it did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from xutrain import registry
+from xutrain.engine.evaluate import evaluate
+from xutrain.engine.record import Record
+from xutrain.engine.rng import Key
+from xutrain.errors import Issue, RecipeError
+from xutrain.loops.clients import Bench, Shard
+from xutrain.methods.federate.base import FederatedMethod
+from xutrain.methods.federate.search.picture import draw
+from xutrain.methods.federate.search.searched import Searched
+from xutrain.methods.federate.search.space import AgentSpace
+
+
+def searched(recipe: Any, method: FederatedMethod, bench: Bench, parts: list[Shard]) -> Searched:
+    """``method`` under the recipe's agent.
+
+    Raises:
+        RecipeError: the method does not talk, or a client has no validation samples to report a loss of.
+    """
+    search = recipe.search
+    if method.silent or method.pooled:
+        what = f"{recipe.method.name} has no rounds that an agent could configure"
+        raise RecipeError(Issue("search", what, has_value=False, hint="search: null, or another method"))
+    counts = [len(p.val) for p in parts]
+    agent_class = registry.load("agent", search.agent.name)
+    if min(counts) == 0 and (agent_class.learns or search.agent.name == "random"):
+        what = f"leaves client {counts.index(0)} no validation samples, and the agent is rewarded by the clients' validation loss"
+        raise RecipeError(Issue("clients.val_fraction", what, recipe.clients.val_fraction, "for example clients.val_fraction=0.1"))
+    space = AgentSpace(search.space, recipe.clients.count, recipe.method, [p.per_pass for p in parts])
+    agent = agent_class(search.agent, space, Key(recipe.seed, "agent"))
+    if search.rollouts:
+        if bench.replica.num_buffer_elements or method.exchanges > 1:
+            what = "needs a model without statistics beside its parameters, and a method of one exchange"
+            raise RecipeError(Issue("search.rollouts", what, search.rollouts, "rollouts: 0"))
+        if next(iter(bench.task.batches("val")), None) is None:
+            what = "needs validation samples at the server, and there are none"
+            raise RecipeError(Issue("search.rollouts", what, search.rollouts, "for example data.val_fraction=0.1"))
+
+    def judge(model: Tensor) -> float:
+        bench.point(model)
+        return evaluate(bench.replica.module, bench.task, "val", bench.ctx, bench.eval_batch)["loss"]
+
+    return Searched(method, search, agent, counts, judge if search.rollouts else None)
+
+
+def draw_search(record: Record) -> None:
+    """The policy over the rounds as a picture in the run folder."""
+    draw(record.read(), record.artefact("search.png"))

@@ -1,0 +1,65 @@
+"""Free roll-outs: once the clients' answers are in, the server scores several draws of its own values, with no client work.
+
+For m = 1..M the values that only the server uses (aggregation weights, server learning rate, server-side knobs) are drawn again,
+the wrapped method merges a copy of its state with them, and the loss of the outcome on the server's validation samples gives
+r_m = 1 - L_m / L: M rewards a round for these coordinates, instead of one a round late. Ours; the window of rewards then teaches the
+clients' coordinates only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from xutrain.engine.rng import Key
+from xutrain.methods.federate.base import Reply, Round, State
+from xutrain.methods.federate.search.base import Noise
+from xutrain.methods.federate.search.memory import clone, inner_part, put_back
+from xutrain.methods.federate.search.reinforce import adam_ascent, advantages, reward
+
+if TYPE_CHECKING:
+    from xutrain.methods.federate.search.searched import Searched
+
+Judge = Callable[[Tensor], float]
+
+
+def roll_out(method: Searched, server: State, round: Round, replies: Sequence[Reply], before: State) -> None:
+    """Merge with the sample or the best of its roll-outs, and teach the server-side coordinates."""
+    held, judge = server["search"], method.judge
+    assert judge is not None
+    sample = held["waiting"][-1]
+    mean, std = method.agent.moments(held["agent"])
+    mine = torch.tensor([c.server_side for c in method.space.coordinates])
+    noise = Noise(Key(method.federation.seed, "search/rollouts", round.index))
+    start = judge(method.inner.served(server, {}))
+    tried: list[tuple[Tensor, State, Round, float]] = []
+    for m in range(method.search.rollouts):
+        u = sample["u"] if m == 0 else torch.where(mine, mean + std * noise.normal(len(mean)), sample["u"])
+        state = clone(before)
+        setting = round if m == 0 else server_values(method, u, round)
+        weights = dict(zip(setting.clients, setting.weights, strict=True))
+        method.inner.merge(state, setting, (replace(r, weight=weights[r.client]) for r in replies), 0)
+        tried.append((u, state, setting, judge(method.inner.served(state, {}))))
+    rewards = [reward(start, loss, method.search.reward, method.search.reward_clip) for *_, loss in tried]
+    best = max(range(len(rewards)), key=rewards.__getitem__)
+    chosen = best if method.search.rollout_apply == "best" else 0
+    sample["u"] = tried[chosen][0].clone()
+    put_back(server, inner_part(tried[chosen][1]))
+    if method.agent.learns and len(tried) > 1:
+        adv = torch.outer(advantages(rewards, method.search.baseline), mine.to(torch.float64))
+        draws: list[State] = [{"u": u, "given": {}} for u, *_ in tried]
+        gradient = method.agent.gradient(held["agent"], draws, adv)
+        step = method.agent.options
+        adam_ascent(held["agent"]["params"], gradient, held["rollout_adam"], step.lr, step.beta1, step.beta2)
+        method.agent.project(held["agent"])
+
+
+def server_values(method: Searched, u: Tensor, round: Round) -> Round:
+    """``round`` with the server's values of ``u``; what the clients did is done."""
+    prior = [method.federation.weights[k] for k in round.clients]
+    drawn = method.space.setting(u, replace(round, weights=tuple(w / sum(prior) for w in prior)))
+    return replace(round, weights=drawn.weights, knobs=drawn.knobs)
