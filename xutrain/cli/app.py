@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from xutrain.cli import console, doctor, recipes, report, sweep, train
+from xutrain.cli import console, doctor, export, recipes, report, sweep, train
 from xutrain.errors import Issue, XutrainError
 from xutrain.families import FAMILIES
 
@@ -29,6 +29,7 @@ train.register(app)
 recipes.register(app)
 sweep.register(app)
 report.register(app)
+export.register(app)
 doctor.register(app)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: groups of commands, imported by name when they are there

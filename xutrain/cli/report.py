@@ -120,7 +120,7 @@ def print_table(part: dict[str, Any]) -> None:
             rows[cell["row"]],
             *([columns[cell["column"]]] if several else []),
             cell["n"],
-            page.spread(cell["metrics"].get(part["metric"]), count=False),
+            page.spread(cell["metrics"].get(cell["metric"]), count=False),
         ]
         line += [page.paper_number(cell), page.signed(cell["difference"])] if known else []
         lines.append(

@@ -119,8 +119,9 @@ def _show_plan(prepared: list[tuple[Table, list[Any]]], json: bool) -> None:
     console.table(
         ["suite", "cell", "seed", "status", "recipe", "overrides"], [[*list(r.values())[:5], " ".join(r["overrides"])] for r in rows]
     )
-    missing = sum(r["status"] != "done" for r in rows)
-    console.out.print(f"{missing} of {len(rows)} runs would start", markup=False)
+    folders = {r["run"]: r["status"] for r in rows}
+    missing = sum(status != "done" for status in folders.values())
+    console.out.print(f"{missing} of {len(folders)} runs would start", markup=False)
 
 
 def _show_tables(tables: list[Table], out: Path) -> None:
@@ -136,7 +137,8 @@ def _slurm(prepared: list[tuple[Table, list[Any]]], cluster: str | None, dry_run
     from xutrain.launch import slurm
     from xutrain.launch.sweep import write_manifest
 
-    plans = [job.plan for _, work in prepared for job in work if job.status != "done"]
+    waiting = {job.plan.folder: job.plan for _, work in prepared for job in work if job.status != "done"}
+    plans = list(waiting.values())  # cells that are the same run are submitted once
     if not dry_run:
         for table, work in prepared:
             write_manifest(table, work, out)

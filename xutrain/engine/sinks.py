@@ -81,7 +81,7 @@ class Console(Sink):
 class Wandb(Sink):
     """Weights & Biases. A login or network failure becomes a note; the record on disk has everything."""
 
-    def __init__(self, folder: Path, name: str, config: dict[str, Any], log: Log, group: str) -> None:
+    def __init__(self, folder: Path, name: str, config: dict[str, Any], log: Log, group: str, identity: str | None = None) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
@@ -90,14 +90,20 @@ class Wandb(Sink):
         try:
             settings = wandb.Settings(init_timeout=30)
             self._run = wandb.init(
-                project=log.project, name=name, group=group, config=config, dir=str(folder), mode=log.wandb, settings=settings
-            )
+                project=log.project, name=name, group=group, config=config, dir=str(folder), mode=log.wandb, settings=settings,
+                id=identity, resume=None if identity is None else "allow",
+            )  # fmt: skip
         except (wandb.Error, OSError) as error:
             self.failure = str(error).splitlines()[0]
 
     def values(self, step: int, values: dict[str, Any]) -> None:
         if self._run is not None:
             self._run.log({"step": step, **values})
+
+    def summary(self, values: dict[str, Any]) -> None:
+        """The final numbers of a run."""
+        if self._run is not None:
+            self._run.summary.update(values)
 
     def close(self) -> None:
         if self._run is not None:
@@ -112,11 +118,13 @@ class TensorBoard(Sink):
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        #: when the values came, seconds since 1970; None: now
+        self.clock: float | None = None
 
     def values(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
             if isinstance(value, (int, float)) and name not in ("epoch", "round"):
-                self._writer.add_scalar(name, value, step)
+                self._writer.add_scalar(name, value, step, self.clock)
 
     def close(self) -> None:
         self._writer.close()

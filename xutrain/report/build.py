@@ -124,13 +124,15 @@ def _cell(
     done = [r for r in group if r.status == "done"]
     bad = sorted({r.status for r in group} - {"done"})
     names = sorted({n for r in done for n in {**r.metrics, **r.bits}})
-    names += [n for n in (table.suite.metric, *table.suite.show) if ":" in n]
+    metric = table.suite.metric_of(column)
+    names += [n for n in (metric, *table.suite.show) if ":" in n]
     numbers = {n: _spread(known) for n in names if (known := [v for r in done if (v := claims.value(r, n)) is not None])}
     said = _published(row, column, table, papers)
     missing = sorted({*table.seeds} - {r.seed for r in done})
     return {
         "row": row,
         "column": column,
+        "metric": metric,
         "recipe": recipe[0] if recipe else "",
         "overrides": recipe[1] if recipe else [],
         "n": len(done),
@@ -181,16 +183,15 @@ def _published(row: str, column: str, table: Table, papers: list[published.Paper
 
 def _compare(cells: list[dict[str, Any]], table: Table) -> None:
     """Difference and verdict of every cell."""
-    metric = table.suite.metric
     for cell in cells:
-        ours, said = cell["metrics"].get(metric), cell["published"]
+        ours, said = cell["metrics"].get(cell["metric"]), cell["published"]
         if ours is not None and said is not None:
             cell["difference"] = ours["mean"] - said["value"]
         cell["verdict"], cell["why"] = _verdict(cell, cells, table)
 
 
 def _verdict(cell: dict[str, Any], cells: list[dict[str, Any]], table: Table) -> tuple[str, str]:
-    metric, said = table.suite.metric, cell["published"]
+    metric, said = cell["metric"], cell["published"]
     ours = cell["metrics"].get(metric)
     if cell["n"] == 0 or ours is None:
         return (cell["status"] if cell["status"] in ("failed", "diverged") else "missing"), f"no finished run has {metric}"

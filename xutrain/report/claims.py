@@ -77,8 +77,12 @@ def _part(claim: Claim, column: str, cells: dict[tuple[str, str], CellRuns], sui
     part: dict[str, Any] = {"column": column, "left": None, "right": None, "difference": None, "standard_error": None, "n": 0}
     if left is None or (other is not None and right is None):
         return {**part, "verdict": "absent"}
-    ours = _values(left, claim.left, suite.metric)
-    theirs = _values(right, other, suite.metric) if other is not None and right is not None else {s: float(claim.right) for s in ours}  # type: ignore[arg-type]
+    ours = _values(left, claim.left, suite.metric_of(column))
+    theirs = (
+        _values(right, other, suite.metric_of(other.column or column))
+        if other is not None and right is not None
+        else {s: float(claim.right) for s in ours}
+    )  # type: ignore[arg-type]
     seeds = sorted(ours.keys() & theirs.keys())
     if other is not None and right is not None and claim.left.metric is None and other.metric is None:
         gone = _diverged(claim, left, right, suite.better)

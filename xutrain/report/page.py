@@ -178,7 +178,7 @@ def _table(part: dict[str, Any]) -> list[str]:
         texts = [
             *([columns[cell["column"]]] if several else []),
             rows[cell["row"]],
-            spread(cell["metrics"].get(part["metric"])),
+            spread(cell["metrics"].get(cell["metric"])),
             paper_number(cell),
         ]
         texts += [signed(cell["difference"]), verdict(cell["verdict"]), *(spread(cell["metrics"].get(m)) for m in part["show"])]

@@ -28,6 +28,7 @@ class Line(Options):
     set: dict[str, Any] = Field(default_factory=dict, description="overrides of these cells: dotted keys and values")
     note: str = Field("", description="a remark, shown where a reader points at the label")
     may_diverge: bool = Field(False, description="divergence is a possible outcome and no fault")
+    metric: str | None = Field(None, description="of a column: the number that its cells are about, where it is not the suite's")
 
 
 class Plot(Options):
@@ -61,6 +62,10 @@ class Suite(Options):
     show: list[str] = Field(default_factory=list, description="further final metrics, beside the main one")
     plots: list[Plot] = Field(default_factory=list, description="pictures")
     notes: list[str] = Field(default_factory=list, description="what a reader of the table must know")
+
+    def metric_of(self, column: str) -> str:
+        """The number that the cells of a column are about."""
+        return (self.columns[column].metric if column in self.columns else None) or self.metric
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,8 @@ def _problems(suite: Suite, path: str, seeds: list[int] | None) -> list[Issue]:
         if not lines:
             found.append(Issue(f"{path}: {name}", "is empty: there is nothing to run", {}))
         found += [Issue(f"{path}: {name}.{key}", "a key must be without `/`", key) for key in lines if "/" in key]
+    told = "a metric belongs to the suite or to a column"
+    found += [Issue(f"{path}: rows.{key}.metric", told, line.metric) for key, line in suite.rows.items() if line.metric]
     for text in suite.skip:
         row, _, column = text.partition("/")
         if row not in suite.rows or column not in suite.columns:
