@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := OMP_NUM_THREADS=1 $(BIN)/xutrain
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types slurm-test slow report clean
+.PHONY: help setup demo test lint types slurm-test slow report clean bench bench-peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9_.%-]+:.*## / {printf "  %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,12 @@ slurm-PAPER: ## the same through SLURM, paper scale: CLUSTER=name of a profile i
 
 $(SLURM): slurm-%: $(READY)
 	$(RUN) sweep $* --scale $(if $(filter command line environment,$(origin SCALE)),$(SCALE),paper) --launcher slurm $(if $(CLUSTER),--cluster $(CLUSTER))
+
+bench: $(READY) ## all benchmarks in one run, 25 minutes at most: benchmarks/RESULTS.md; ONLY="codecs links" for some
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(if $(ONLY),--only $(ONLY))
+
+bench-peers: $(READY) ## environments of their own for the peers that benchmarks compare with, under .bench
+	$(BIN)/python benchmarks/peers/make.py
 
 report: $(READY) ## the report over every suite at SCALE, without running anything
 	$(RUN) report all --scale $(SCALE)
