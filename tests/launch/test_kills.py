@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import multiprocessing
 import os
 import random
@@ -27,6 +28,7 @@ RUNS = {
     "federate/domo": ["checkpoint.every=1"],
     "pipeline/dsp": ["checkpoint.every=2"],
     "vertical/afsgd": ["checkpoint.every=200"],
+    "prune/distill": ["distill.steps=6", "checkpoint.every=1", "log.every=1"],
     "pretrain/dsm": ["checkpoint.every=2", "log.every=1"],
 }
 
@@ -95,3 +97,27 @@ def test_killed_before_the_first_checkpoint(runs: Path, recipe: str) -> None:
     )
     assert _start(cut.folder) == 0
     assert values(cut.folder) == values(whole.folder)
+
+
+@pytest.mark.parametrize(("recipe", "torn"), [*((recipe, 0) for recipe in RUNS), ("prune/distill", 40)])
+def test_killed_when_all_but_the_result_was_written(runs: Path, recipe: str, torn: int) -> None:
+    """After the last metric, or in the middle of its line where no checkpoint follows: it is not written twice, nor lost."""
+    from xutrain.launch.plan import plan
+    from xutrain.recipe.load import load
+
+    prepared = plan(load(recipe, None, RUNS[recipe], smoke=True), out=runs / "cut", verbosity=-1)
+    prepared.write()
+    assert _start(prepared.folder) == 0
+    state, before, bytes_before = _state(prepared.folder), values(prepared.folder), weights(prepared.folder)
+    file = prepared.folder / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[: -torn or None])
+    (prepared.folder / "state.json").write_text(json.dumps({"status": "running"}))
+    assert _start(prepared.folder) == 0
+    assert values(prepared.folder) == before
+    assert weights(prepared.folder) == bytes_before
+    assert _state(prepared.folder) == state
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    result = json.loads((folder / "state.json").read_text())["result"]
+    return {k: result[k] for k in ("metrics", "bits", "status")}

@@ -1,93 +1,224 @@
-"""kill -9 of a rank, of the torchrun agent, of the launcher of a real job: no orphan stays, and the resumed run is the same."""
+"""kill -9 of a rank, all ranks, torchrun, the launcher of a real job, for every verb: no process stays, and the resumed run is the same.
+
+The moments are random and seeded: some while the processes start, most after so many more writes of the run and a little. Every start is
+the same command; it is killed again and again until it has had all of them, and then ends in peace.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from xutrain.engine.record import read_json, read_metrics
+from xutrain.engine.checkpoint import damage
+from xutrain.engine.record import read_json
+from xutrain.families import FAMILIES
+from xutrain.launch import compare
 
 _spec = importlib.util.spec_from_file_location("shared_conftest", Path(__file__).parents[1] / "conftest.py")
 assert _spec and _spec.loader
 _shared: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_shared)
 
+#: verb/recipe and overrides that make its smoke run write much in a few seconds; two processes each
 RUNS = {
-    "quantize/orq": ["train.steps=1500", "checkpoint.every=20", "eval.every=1500", "log.every=10", "model.hidden=[16]"],
-    "pretrain/dsm": ["train.steps=400", "checkpoint.every=5", "log.every=1"],
+    "quantize/orq": ["train.steps=60", "checkpoint.every=1", "eval.every=20", "log.every=1", "model.hidden=[16]"],
+    "sparsify/def": ["train.steps=60", "checkpoint.every=1", "eval.every=20", "log.every=1", "model.hidden=[16]"],
+    "federate/domo": ["train.rounds=20", "checkpoint.every=1", "log.every=1"],
+    "pipeline/dsp": ["stages=2", "checkpoint.every=1", "log.every=1", "runtime.poll=1", "runtime.drain=end"],
+    "vertical/afsgd": ["data.parties=2", "checkpoint.every=60", "eval.every=120"],
+    "prune/distill": ["distill.steps=20", "checkpoint.every=1", "log.every=1"],
+    "pretrain/dsm": ["train.steps=60", "checkpoint.every=1", "log.every=1", "eval.every=20"],
 }
+KINDS = ("rank", "ranks", "launcher", "agent")
+MARK = "XUTRAIN_TEST_MARK"
 
 
-def _processes(folder: Path) -> dict[int, str]:
-    """Processes that name the run folder: the launcher does not, agent and ranks do."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+def test_every_verb_is_here() -> None:
+    assert {recipe.split("/")[0] for recipe in RUNS} == set(FAMILIES)
+
+
+class Job:
+    """One command line, started again and again; its processes are known by a variable that all descendants inherit."""
+
+    def __init__(self, recipe: str, out: Path) -> None:
+        from xutrain.launch.plan import plan
+        from xutrain.recipe.load import load
+
+        verb, name = recipe.split("/")
+        over = RUNS[recipe]
+        self.folder = plan(load(name, verb, over, smoke=True), out=out, verbosity=-1).folder
+        words = [verb, "--config", name, "--smoke", *over, "--nproc", "2", "--out", str(out), "-q"]
+        self.line = [sys.executable, "-m", "xutrain", *words]
+        self.mark = uuid.uuid4().hex
+
+    def start(self) -> subprocess.Popen[str]:
+        environment = {**os.environ, MARK: self.mark}
+        return subprocess.Popen(
+            self.line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        )
+
+    def processes(self) -> dict[int, str]:
+        """Living processes of this command, whatever their group or parent: launcher, agent, rank, or other."""
+        found = {}
+        mark = f"{MARK}={self.mark}".encode()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    if mark not in (entry / "environ").read_bytes().split(b"\0"):
+                        continue
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                    dead = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+                except OSError:
+                    continue
+                if not dead:
+                    kinds = {b"torch.distributed.run": "agent", b"xutrain.worker": "rank", b"xutrain": "launcher"}
+                    found[int(entry.name)] = next((kind for word, kind in kinds.items() if word in words), "other")
+        return found
+
+    def written(self) -> tuple[Any, ...]:
+        """Changes with everything that the run writes, half a checkpoint included."""
+        sizes = [p.stat().st_size for p in (self.folder / "metrics.jsonl", *self.folder.glob("*/.xutrain/journal.jsonl")) if p.exists()]
+        places = [p for p in (self.folder / "checkpoints", self.folder / "artefacts") if p.is_dir()]
+        return (*sizes, *(sorted(name for p in places for name in os.listdir(p))))
+
+    def until(self, launcher: subprocess.Popen[str], changes: int, seconds: float) -> None:
+        """Wait for so many changes of what the run has written, then a little; or for the end."""
+        seen, end = self.written(), time.monotonic() + 120
+        while changes and launcher.poll() is None and time.monotonic() < end:
+            time.sleep(0.002)
             try:
-                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                dead = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
-            except OSError:
+                now = self.written()
+            except OSError:  # removed between looking and asking
                 continue
-            if str(folder) in words and not dead:
-                found[int(entry.name)] = "agent" if "torch.distributed.run" in words else "rank"
-    return found
+            changes, seen = changes - (now != seen), now
+        end = time.monotonic() + seconds
+        while launcher.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+
+    def kill(self, launcher: subprocess.Popen[str], kind: str, moments: random.Random) -> list[int]:
+        """SIGKILL to processes of that kind, or to the next ones up where none has started yet; who was killed."""
+        there = self.processes()
+        for name in dict.fromkeys((kind.removesuffix("s") if kind == "ranks" else kind, "rank", "agent", "launcher")):
+            chosen = sorted(pid for pid, found in there.items() if found == name)
+            if chosen:
+                break
+        victims = chosen if kind == "ranks" else [moments.choice(chosen)] if chosen else []
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        return victims
+
+    def gone(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while there := self.processes():
+            assert time.monotonic() < end, f"orphans after {seconds} s: {there}"
+            time.sleep(0.05)
 
 
-def _wait_for(what: Callable[[], object], seconds: float, name: str) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, f"waited {seconds} s for {name}"
-        time.sleep(0.05)
+def _left(folder: Path) -> dict[str, Any]:
+    """All that a run leaves, by name: the newest checkpoint's tensors and states, other tensor files, the metrics, the result."""
+    newest = max((folder / "checkpoints").glob("step-*"))
+    state = read_json(folder / "state.json")["result"]
+    return {
+        "step": newest.name,
+        **compare._state(newest),
+        **compare._files(folder),
+        "metrics": _shared.values(folder),
+        "result": [state[key] for key in ("status", "metrics", "bits")],
+    }
 
 
-def _killed(who: str, recipe: str, runs: Path) -> None:
+def _assert_same(folder: Path, whole: dict[str, Any]) -> None:
+    found = compare._in_values(None, _left(folder), whole)
+    assert found is None, compare.sentence(found)
+
+
+@pytest.fixture
+def job(request: pytest.FixtureRequest, runs: Path) -> Iterator[Job]:
+    made = Job(request.param, runs / "cut")
+    yield made
+    for pid in made.processes():
+        os.kill(pid, signal.SIGKILL)
+
+
+def _uninterrupted(recipe: str, out: Path) -> dict[str, Any]:
+    """The same run, whole, in one process."""
     from xutrain.launch.plan import plan
     from xutrain.launch.run import launch
     from xutrain.recipe.load import load
 
     verb, name = recipe.split("/")
-    over = RUNS[recipe]
-    prepared = plan(load(name, verb, over, smoke=True), out=runs / "cut", verbosity=-1)
-    folder = prepared.folder
-    line = [sys.executable, "-m", "xutrain", verb, "--config", name, "--smoke", *over, "--nproc", "2", "--out", str(runs / "cut"), "-q"]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as launcher:
-        try:
-            _wait_for(lambda: any(v["step"] >= 20 for v in read_metrics(folder)), 120, "20 steps")
-            there = _processes(folder)
-            assert sorted(there.values()) == ["agent", "rank", "rank"], there
-            victim = launcher.pid if who == "launcher" else min(p for p, kind in there.items() if kind == who)
-            os.kill(victim, signal.SIGKILL)
-            _, told = launcher.communicate(timeout=90)
-            _wait_for(lambda: not _processes(folder), 60, f"the end of {_processes(folder)}")
-        finally:
-            for pid in _processes(folder):
-                os.kill(pid, signal.SIGKILL)
-    assert read_json(folder / "state.json")["status"] != "done", "it ended before the kill"
-    if who != "launcher":
-        assert launcher.returncode == 1 and "error:" in told and "Traceback" not in told, told
-        assert read_json(folder / "state.json")["status"] == "failed"
-    assert launch(prepared)["exit_code"] == 0, "the same run, now in one process"
-    whole = plan(load(name, verb, over, smoke=True), out=runs / "whole", verbosity=-1)
+    whole = plan(load(name, verb, RUNS[recipe], smoke=True), out=out, verbosity=-1)
     assert launch(whole)["exit_code"] == 0
-    assert _shared.weights(folder) == _shared.weights(whole.folder)
-    assert _shared.values(folder) == _shared.values(whole.folder)
+    return _left(whole.folder)
 
 
-def test_a_rank_is_killed(runs: Path) -> None:
-    _killed("rank", "quantize/orq", runs)
+def _endure(job: Job, whole: dict[str, Any], moments: random.Random, plan: list[tuple[str, bool]]) -> None:
+    """Start and kill, once for every (kind, while it starts) of ``plan``; a run that ends before is looked at and begun anew."""
+    plan = list(plan)
+    while plan:
+        kind, early = plan[0]
+        launcher = job.start()
+        if early:
+            job.until(launcher, 0, moments.uniform(0.2, 6))
+        else:
+            job.until(launcher, moments.randint(1, 8), moments.uniform(0, 0.1))
+        if launcher.poll() is None and (victims := job.kill(launcher, kind, moments)):
+            plan.pop(0)
+            _, told = launcher.communicate(timeout=120)
+            if launcher.pid in victims:
+                if moments.random() < 0.5:  # else the next start finds processes that still save
+                    job.gone(60)
+            else:
+                job.gone(20)
+                code = launcher.returncode
+                assert code in (0, 1) and "Traceback" not in told, told
+                assert code == 0 or "error:" in told, told
+                assert read_json(job.folder / "state.json")["status"] == ("failed" if code else "done")
+            for kept in (job.folder / "checkpoints").glob("step-*"):
+                assert damage(kept) == "" or job.processes(), f"after {kind}: {kept} {damage(kept)}"
+        else:
+            _, told = launcher.communicate(timeout=120)
+            assert launcher.returncode == 0, told
+            job.gone(5)
+            _assert_same(job.folder, whole)
+            shutil.rmtree(job.folder)
+    launcher = job.start()
+    _, told = launcher.communicate(timeout=240)
+    assert launcher.returncode in (0, 75), told
+    while launcher.returncode == 75:  # asked by the processes of a launcher that was killed
+        launcher = job.start()
+        _, told = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, told
+    job.gone(5)
+    _assert_same(job.folder, whole)
+    assert not [p for p in job.folder.rglob("*") if ".aside" in p.name or p.name.startswith(".run.json.")]
+
+
+@pytest.mark.parametrize("job", list(RUNS), indirect=True, ids=lambda r: r.split("/")[0])
+def test_each_of_them_is_killed(job: Job, runs: Path, request: pytest.FixtureRequest) -> None:
+    """The launcher of every verb, and before it a rank, all ranks or torchrun by turns."""
+    recipe = request.node.callspec.params["job"]
+    other = ("rank", "ranks", "agent")[list(RUNS).index(recipe) % 3]
+    _endure(job, _uninterrupted(recipe, runs / "whole"), random.Random(recipe), [(other, False), ("launcher", False)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", list(RUNS))
-@pytest.mark.parametrize("who", ["rank", "agent", "launcher"])
-def test_any_of_them_is_killed(who: str, recipe: str, runs: Path) -> None:
-    _killed(who, recipe, runs)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("job", list(RUNS), indirect=True, ids=lambda r: r.split("/")[0])
+def test_killed_at_twenty_random_moments(job: Job, runs: Path, request: pytest.FixtureRequest) -> None:
+    recipe = request.node.callspec.params["job"]
+    moments = random.Random(f"twenty {recipe}")
+    plan = [(moments.choice(KINDS), n % 5 == 0) for n in range(20)]
+    _endure(job, _uninterrupted(recipe, runs / "whole"), moments, plan)

@@ -331,7 +331,10 @@ def test_two_jobs_on_one_folder(tmp_path: Path, fake: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["quantize", "--config", "orq", "data.name=cifar10", "model.name=resnet_cifar"], ["data set cifar10", "xutrain data prepare cifar10"]),
+        (
+            ["quantize", "--config", "orq", "data.name=cifar10", "model.name=resnet_cifar"],
+            ["data set cifar10", "xutrain data prepare cifar10"],
+        ),
         (
             ["pretrain", "--config", "dsm", "data={name: tokens, prepared: openwebtext}"],
             ["data set openwebtext", "xutrain data prepare openwebtext --source PATH"],

@@ -125,11 +125,22 @@ class Record:
         if not self.is_main or not self._metrics.exists():
             return
         kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
-        aside = self._metrics.with_suffix(".aside")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, self._metrics)
+        self._rewrite(kept)
         self._earlier_s = max((line["wall_s"] for line in kept), default=0.0)
         self._started = time.monotonic()
+
+    def forget(self, *names: str) -> None:
+        """Drop the lines of these names, which a start before this one wrote and this one writes again."""
+        if self.is_main and self._metrics.exists():
+            self._rewrite([line for line in read_metrics(self.folder) if line["name"] not in names])
+
+    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        aside = self._metrics.with_suffix(".aside")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(aside, self._metrics)
 
     def state(self, status: str, **more: Any) -> None:
         """Write state.json: queued, running, done, stopped, failed or diverged, and what goes with it."""

@@ -15,7 +15,7 @@ from xutrain import registry
 from xutrain.data import windows
 from xutrain.engine.checkpoint import Checkpoints
 from xutrain.engine.context import Context
-from xutrain.engine.record import Record
+from xutrain.engine.record import Record, write_json
 from xutrain.engine.rng import Key
 from xutrain.engine.stop import Stop
 from xutrain.errors import DataError, Diverged, Issue, Stopped
@@ -64,6 +64,7 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
         final = (distil_streamed if recipe.distill.mode == "layers" else distil)(recipe, ctx, record, stop, dense, final)
         metrics |= measured(recipe, ctx, record, "distilled", final, texts, "")
     more = 0 if recipe.distill is None else arch.layers if recipe.distill.mode == "layers" else recipe.distill.steps
+    record.forget(*metrics)  # of a start that was killed just after
     record.log(arch.layers + more, metrics, split="test")
     write_tables(record, report, dense, final, metrics)
     return metrics
@@ -185,7 +186,7 @@ def measured(recipe: Any, ctx: Context, record: Record, what: str, folder: Path,
             known |= zero_shot(folder, list(e.tasks), str(ctx.device), task_folder=e.task_folder, limit=e.task_limit)
         ctx.workers(ctx.processes).barrier()
         if ctx.is_main:
-            kept.write_text(json.dumps(known), encoding="utf-8")
+            write_json(kept, known)
     return {f"{name}{suffix}": value for name, value in known.items()}
 
 
@@ -195,8 +196,10 @@ def local_error(recipe: Any, ctx: Context, record: Record, dense: Path, pruned: 
     errors = layer_errors(a, b, next(iter(texts.values())))
     a.source.close()
     b.source.close()
-    for layer, error in enumerate(errors):
-        record.log(layer + 1, {"layer_error": error}, split="test")
+    if record.is_main and [line["value"] for line in record.read() if line["name"] == "layer_error"] != errors:
+        record.forget("layer_error")  # some of them, of a start that was killed here
+        for layer, error in enumerate(errors):
+            record.log(layer + 1, {"layer_error": error}, split="test")
     return mean(errors)
 
 
@@ -254,7 +257,7 @@ def distil(recipe: Any, ctx: Context, record: Record, stop: Stop, dense: Path, p
         student.load_state_dict(saved.model())
         distiller.optimizer.load_state_dict(saved.shared["optimizer"])
         distiller.factor = saved.shared["factor"]
-        record.rewind(arch.layers + first)
+    record.rewind(arch.layers + first)
     text = windows.embedded()["train"] if d.source == "embedded" else None
     drawn = (
         None
