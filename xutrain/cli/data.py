@@ -58,6 +58,8 @@ def prepare(
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
+    for note in result["notes"]:
+        typer.echo(note)
     typer.echo(f"{result['name']} {result['status']}: {result['path']} ({_size(result['bytes'])}, from {result['source']}, {checked})")
 
 

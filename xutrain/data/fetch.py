@@ -39,6 +39,10 @@ def fetch(source: Source, folder: Path, say: Callable[[str], None], *, alternati
         Unavailable: no network, no such client, a wrong checksum, a server that is too slow.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if source.also:
+        for i, part in enumerate([source.model_copy(update={"also": []}), *source.also]):
+            fetch(part, folder / str(i), say, alternatives=alternatives)
+        return folder
     if source.urls:
         for item in source.urls:
             _download(item, folder / item.url.rsplit("/", 1)[-1], say, alternatives)

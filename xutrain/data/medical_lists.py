@@ -80,7 +80,7 @@ def find_list(value: str, root: str) -> Path:
     known = given.parts[0] if given.parts else ""
     hint = (
         f"xutrain data prepare {known} --source DIR"
-        if known.startswith(("prostate_", "fundus_", "pancreas_", "covid_"))
+        if known.startswith(("prostate_", "fundus_"))
         else "write a datalist"
     )
     places = ", ".join(str(p) for p in tried)

@@ -158,8 +158,8 @@ def _painter(style: Style, options: MedicalSynthetic.Options) -> Callable[[Key],
     sides = [side, *canvas] if options.dims == 3 else canvas
     least = max(2, round(style.radius[0] * side))
     most = max(least + 1, min(round(style.radius[1] * side), (min(sides) - 1) // 2))
-    create = create_test_image_3d if options.dims == 3 else create_test_image_2d
-    shade = RandBiasField(prob=1.0, degree=2, coeff_range=(style.bias / 2, style.bias))
+    create: Any = create_test_image_3d if options.dims == 3 else create_test_image_2d
+    shade: Any = RandBiasField(prob=1.0, degree=2, coeff_range=(style.bias / 2, style.bias))
     curve = AdjustContrast(gamma=style.gamma)
     levels = np.array(style.levels, dtype=np.float32)
 
@@ -171,8 +171,8 @@ def _painter(style: Style, options: MedicalSynthetic.Options) -> Callable[[Key],
         for axis in range(labels.ndim):  # nearest neighbour
             at = (np.arange(side) * labels.shape[axis]) // side
             labels = labels.take(at, axis)
-        image = torch.from_numpy(levels[labels])[None]
-        image = curve(shade.set_random_state(state=state)(image))[0].numpy()
+        shaded = shade.set_random_state(state=state)(torch.from_numpy(levels[labels])[None])
+        image = np.asarray(curve(shaded)[0])
         image = image / max(1.0, float(image.max())) + state.normal(0, style.noise, image.shape)
         return np.clip(image, 0, 1).astype(np.float32), labels
 

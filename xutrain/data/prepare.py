@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from xutrain.data import store
 from xutrain.data.fetch import Unavailable, fetch
-from xutrain.data.store import Content, Entry, Folder, data_root, verify
+from xutrain.data.store import Content, Entry, Files, Folder, data_root, verify
 from xutrain.errors import DataError, Issue, XutrainError
 from xutrain.registry import entries
 
@@ -38,7 +38,7 @@ def prepare(
         say: receives one line of progress at a time.
 
     Returns:
-        {"name", "path", "status": "ready" or "was ready", "source", "pinned", "bytes"}.
+        {"name", "path", "status": "ready" or "was ready", "source", "pinned", "bytes", "notes"}.
 
     Raises:
         DataError: unknown name, unusable source, content that is not what the manifest pins, or no source that works;
@@ -52,7 +52,7 @@ def prepare(
         if status == "ready":
             _remove_leftovers(name, place)
             content, came_from = _from_user(name, known, Path(source).expanduser()) if source else _from_sources(name, known, place, say)
-            if not isinstance(content, Folder):
+            if not isinstance(content, (Files, Folder)):
                 content = store.restore_order(content, known.arrays)
             say(f"checking and writing {place / name}")
             store.write(name, content, place, came_from, known.arrays)
@@ -87,13 +87,13 @@ def listing(root: Path | str | None = None) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: str(row["name"]))
 
 
-def _from_user(name: str, known: Entry, source: Path) -> tuple[Content | Folder, str]:
+def _from_user(name: str, known: Entry, source: Path) -> tuple[Content | Files | Folder, str]:
     if not source.exists():
         raise DataError(Issue("--source", "no such file or folder", str(source), f"accepted: {known.accepts}"))
     return _reader(known)(name, source), str(source)
 
 
-def _from_sources(name: str, known: Entry, place: Path, say: Callable[[str], None]) -> tuple[Content | Folder, str]:
+def _from_sources(name: str, known: Entry, place: Path, say: Callable[[str], None]) -> tuple[Content | Files | Folder, str]:
     failures = []
     for i, source in enumerate(known.sources):
         say(f"trying {source.label}")
@@ -114,8 +114,8 @@ def _from_sources(name: str, known: Entry, place: Path, say: Callable[[str], Non
     raise DataError(Issue(f"data set {name}", what, has_value=False, hint=hint))
 
 
-def _reader(known: Entry) -> Callable[[str, Path], Content | Folder]:
-    reader: Callable[[str, Path], Content | Folder] = importlib.import_module(known.module).read
+def _reader(known: Entry) -> Callable[[str, Path], Content | Files | Folder]:
+    reader: Callable[[str, Path], Content | Files | Folder] = importlib.import_module(known.module).read
     return reader
 
 
@@ -135,11 +135,13 @@ def _is_ready(name: str, known: Entry, place: Path) -> bool:
 
 def _facts(name: str, known: Entry, place: Path) -> dict[str, Any]:
     pinned = bool(known.arrays) and all(pin.sha256 for pin in known.arrays.values())
-    return {"path": str(place / name), "source": store.recorded(name, place)["source"], "pinned": pinned, "bytes": _size(place / name)}
+    record = store.recorded(name, place)
+    notes = record.get("facts", {}).get("notes", [])
+    return {"path": str(place / name), "source": record["source"], "pinned": pinned, "bytes": _size(place / name), "notes": notes}
 
 
 def _size(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
 def _downloads(name: str, place: Path) -> Path:

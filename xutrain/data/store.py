@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Source(_Strict):
     pip: str = ""
     version: str = ""
     form: str = Field("wheel", pattern="^(wheel|sdist)$")
+    also: list[Source] = Field([], description="Packages or files that belong to it; all are fetched, or the source does not work.")
 
     @model_validator(mode="after")
     def _one(self) -> Source:
@@ -60,7 +61,8 @@ class Source(_Strict):
         if self.urls:
             return "the official files"
         kind = "npm" if self.npm else "debian" if self.debian else "pip"
-        return f"{kind} package {getattr(self, kind)}" + (f" {self.version}" if self.version else "")
+        own = f"{kind} package {getattr(self, kind)}" + (f" {self.version}" if self.version else "")
+        return " and ".join([own, *(part.label for part in self.also)])
 
 
 class Pin(_Strict):
@@ -85,6 +87,16 @@ class Entry(_Strict):
     obtain: str = ""
     sources: list[Source] = []
     arrays: dict[str, Pin] = {}
+
+
+@dataclass(frozen=True)
+class Files:
+    """A set that is written as a tree of files: ``write(folder)`` fills the empty folder and returns facts about what it wrote.
+
+    The fact ``notes``, a list of lines, is shown to the user.
+    """
+
+    write: Callable[[Path], dict[str, Any]]
 
 
 #: Decoded arrays by name; a value of bytes is kept as a file of that name (a vocabulary, say).
@@ -169,7 +181,7 @@ def checksum(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def write(name: str, content: Content | Folder, root: Path, came_from: str, pins: Mapping[str, Pin]) -> Path:
+def write(name: str, content: Content | Folder | Files, root: Path, came_from: str, pins: Mapping[str, Pin]) -> Path:
     """Write a set aside, flush it, and rename it into place; an older folder of that name is replaced.
 
     Raises:
@@ -182,6 +194,10 @@ def write(name: str, content: Content | Folder, root: Path, came_from: str, pins
         record: dict[str, Any] = {"name": name, "source": came_from}
         if isinstance(content, Folder):
             record |= {"folder": str(content.path.resolve()), "facts": content.facts}
+        elif isinstance(content, Files):
+            facts = content.write(aside)
+            made = sorted(f for f in aside.rglob("*") if f.is_file())
+            record |= {"facts": facts, "files": {f.relative_to(aside).as_posix(): _file_fact(f) for f in made}}
         else:
             content = {key: _fitted(name, key, value, pins) for key, value in content.items()}
             record |= {"arrays": {}, "files": {}}
@@ -193,7 +209,7 @@ def write(name: str, content: Content | Folder, root: Path, came_from: str, pins
                     np.save(aside / f"{key}.npy", np.ascontiguousarray(value), allow_pickle=False)
                     record["arrays"][key] = {"dtype": str(value.dtype), "shape": list(value.shape), "sha256": checksum(value)}
         (aside / CONTENT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        for file in aside.iterdir():
+        for file in (f for f in aside.rglob("*") if f.is_file()):
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         old = root / f".{name}.{os.getpid()}.old"
@@ -204,6 +220,19 @@ def write(name: str, content: Content | Folder, root: Path, came_from: str, pins
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return final
+
+
+def _file_fact(file: Path) -> dict[str, Any]:
+    with file.open("rb") as handle:
+        return {"bytes": file.stat().st_size, "sha256": file_digest(handle)}
+
+
+def file_digest(handle: Any) -> str:
+    """sha256 of an open file, read in pieces."""
+    digest = hashlib.sha256()
+    for piece in iter(lambda: handle.read(1 << 20), b""):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _fitted(name: str, key: str, value: np.ndarray | bytes, pins: Mapping[str, Pin]) -> np.ndarray | bytes:
@@ -266,7 +295,7 @@ def verify(name: str, root: Path | str | None = None) -> dict[str, Any]:
             problems.append(f"{key}.npy: content differs from the manifest")
     for key, fact in record.get("files", {}).items():
         file = folder / key
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != fact["sha256"]:
+        if not file.is_file() or _file_fact(file)["sha256"] != fact["sha256"]:
             problems.append(f"{key} is missing or changed")
     problems += [f"{key}.npy is not there" for key in known.arrays if "folder" not in record and key not in record.get("arrays", {})]
     if "folder" in record and not Path(record["folder"]).is_dir():
