@@ -36,7 +36,7 @@ RUNS = {
     "quantize/orq": ["train.steps=60", "checkpoint.every=1", "eval.every=20", "log.every=1", "model.hidden=[16]"],
     "sparsify/def": ["train.steps=60", "checkpoint.every=1", "eval.every=20", "log.every=1", "model.hidden=[16]"],
     "federate/domo": ["train.rounds=20", "checkpoint.every=1", "log.every=1"],
-    "pipeline/dsp": ["stages=2", "checkpoint.every=1", "log.every=1", "runtime.poll=1", "runtime.drain=end"],
+    "pipeline/dsp": ["stages=2", "method.p=[2,0]", "method.m=[4,0]", "checkpoint.every=1", "log.every=1", "runtime={poll: 1, drain: end}"],
     "vertical/afsgd": ["data.parties=2", "checkpoint.every=60", "eval.every=120"],
     "prune/distill": ["distill.steps=20", "checkpoint.every=1", "log.every=1"],
     "pretrain/dsm": ["train.steps=60", "checkpoint.every=1", "log.every=1", "eval.every=20"],
@@ -222,3 +222,32 @@ def test_killed_at_twenty_random_moments(job: Job, runs: Path, request: pytest.F
     moments = random.Random(f"twenty {recipe}")
     plan = [(moments.choice(KINDS), n % 5 == 0) for n in range(20)]
     _endure(job, _uninterrupted(recipe, runs / "whole"), moments, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("job", list(RUNS), indirect=True, ids=lambda r: r.split("/")[0])
+def test_asked_to_stop_in_every_way(job: Job, runs: Path, request: pytest.FixtureRequest) -> None:
+    """`xutrain runs stop`, TERM, INT, USR2: all processes save at one step boundary, exit code 75, and the run goes on from there."""
+    from xutrain.cli.app import run
+
+    recipe = request.node.callspec.params["job"]
+    whole = _uninterrupted(recipe, runs / "whole")
+    moments = random.Random(f"asked {recipe}")
+    for how in ("runs stop", signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        launcher = job.start()
+        job.until(launcher, moments.randint(1, 4), 0)
+        assert launcher.poll() is None, f"it ended before {how}"
+        if isinstance(how, str):
+            assert run([*how.split(), str(job.folder)]) == 0
+        else:
+            launcher.send_signal(how)
+        _, told = launcher.communicate(timeout=120)
+        state = read_json(job.folder / "state.json")
+        assert (launcher.returncode, state["status"]) == (75, "stopped"), told
+        assert "stopped after" in " ".join(state["error"]) and "Traceback" not in told, state
+        job.gone(5)
+    launcher = job.start()
+    _, told = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, told
+    _assert_same(job.folder, whole)
