@@ -97,7 +97,7 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
         lr = recipe.optimizer.lr * factor(recipe.schedule, step, job.steps, job.steps_per_epoch)
         losses, grads = [], []
         for slot, worker in enumerate(job.workers.hosted):
-            loss, grad = _gradient(recipe, ctx, job, slot, worker, step)
+            loss, grad = gradient(recipe, ctx, job, slot, worker, step)
             losses.append(loss)
             grads.append(grad)
         _refuse_non_finite(losses, grads, job.workers.hosted, step)
@@ -109,34 +109,37 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
         record.progress(done, job.steps, loss=losses[0])
         if done % recipe.log.every == 0 or done == job.steps:
             mean = sum(job.workers.objects(losses)) / job.workers.count
-            record.log(done, {"batch_loss": mean, "lr": lr, **job.method.diagnostics()}, split="train", epoch=done / job.steps_per_epoch)
+            record.log(done, {"batch_loss": mean, "lr": lr, **job.method.diagnostics()}, split="train", **_place(recipe, job, done))
         if every and done % every == 0 and done < job.steps:
-            record.log(done, _measure(recipe, job, ctx, job.task.watched), epoch=done / job.steps_per_epoch)
+            record.log(done, _measure(recipe, job, ctx, job.task.watched), **_place(recipe, job, done))
         if checkpoints.due(done) and done < job.steps:
             _save(checkpoints, job, ctx, done)
 
     metrics = _measure(recipe, job, ctx, job.task.measured)
     if first < job.steps or saved is None:
-        record.log(job.steps, metrics, epoch=job.steps / job.steps_per_epoch)
+        record.log(job.steps, metrics, **_place(recipe, job, job.steps))
         _save(checkpoints, job, ctx, job.steps)
     return {**metrics, **_cost(job, ctx)}
 
 
-def forecast(recipe: Any) -> Forecast:
-    """Steps and bits of a recipe in closed form, without running it; equal to the meter's count afterwards.
-
-    Where the data are not prepared, the published sizes of the set stand in for them and the details say so.
-    """
-    ctx = Context(recipe.seed)
-    absent = ""
+def outlined(recipe: Any, ctx: Context) -> tuple[Job, str]:
+    """A job to foresee with, and why its data are not there: then the published sizes of the set stand in for them."""
     try:
-        job = build(recipe, ctx)
+        return build(recipe, ctx), ""
     except DataError as reason:
         outline = getattr(registry.load("dataset", recipe.data.name), "outline", None)
         if outline is None:
             raise
-        absent = f"{reason.issues[0].what}; {reason.issues[0].hint}"
-        job = build(recipe, ctx, outline(recipe.data))
+        return build(recipe, ctx, outline(recipe.data)), f"{reason.issues[0].what}; {reason.issues[0].hint}"
+
+
+def forecast(recipe: Any, ctx: Context | None = None) -> Forecast:
+    """Steps and bits of a recipe in closed form, without running it; equal to the meter's count afterwards.
+
+    Where the data are not prepared, the published sizes of the set stand in for them and the details say so.
+    """
+    ctx = ctx or Context(recipe.seed)
+    job, absent = outlined(recipe, ctx)
     given = _given(recipe, ctx)
     first = given.step if given else 0
     before = job.method.planned_bits(first) if first else {}
@@ -161,7 +164,13 @@ def forecast(recipe: Any) -> Forecast:
     return Forecast(job.steps, total[0], total[1], recipe.workers, details)
 
 
-def _gradient(recipe: Any, ctx: Context, job: Job, slot: int, worker: int, step: int) -> tuple[float, Tensor]:
+def _place(recipe: Any, job: Job, done: int) -> dict[str, Any]:
+    """Where ``done`` steps are, beside their number: passes over the data, and exchanges where a verb has local steps."""
+    tau = getattr(recipe, "local_steps", None)
+    return {"epoch": done / job.steps_per_epoch, **({"round": -(-done // tau)} if tau else {})}
+
+
+def gradient(recipe: Any, ctx: Context, job: Job, slot: int, worker: int, step: int) -> tuple[float, Tensor]:
     """Loss and clipped gradient of one worker at its own point, with its own buffers."""
     replica = job.replica
     replica.point(job.method.point(worker))
