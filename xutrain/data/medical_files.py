@@ -196,7 +196,7 @@ def _upright(image: Any, masks: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         pixdim = form.spacing[::-1]
         modes = ("bilinear", "nearest")
         turned = [Spacing(pixdim, mode=mode)(each) for each, mode in zip(turned, modes, strict=True)]
-    first, second = (torch.as_tensor(each.as_tensor()).permute(0, 3, 2, 1) for each in turned)
+    first, second = (torch.from_numpy(np.array(each)).permute(0, 3, 2, 1) for each in turned)
     return first, second
 
 
