@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from xutrain.cli import console, doctor, export, recipes, report, sweep, train
+from xutrain.cli import bench, console, doctor, export, recipes, report, sweep, train
 from xutrain.errors import Issue, XutrainError
 from xutrain.families import FAMILIES
 
@@ -31,6 +31,7 @@ sweep.register(app)
 report.register(app)
 export.register(app)
 doctor.register(app)
+bench.register(app)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: groups of commands, imported by name when they are there
 GROUPS = {

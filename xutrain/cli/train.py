@@ -32,6 +32,14 @@ Cluster = Annotated[str | None, typer.Option(metavar="NAME", help="SLURM profile
 Seeds = Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds to run, one run folder each.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Apply the recipe's smoke overrides: seconds, embedded data.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe, the plan and the predicted bits; run nothing.")]
+Bandwidth = Annotated[
+    str | None, typer.Option(metavar="RATE", help="With --dry-run: predict step times on links of this rate (1Gbit, 100Mbit).")
+]
+Latency = Annotated[str | None, typer.Option(metavar="TIME", help="With --bandwidth: time of a message.", show_default="50us")]
+Count = Annotated[int | None, typer.Option(metavar="N", min=1, help="With --dry-run: the same for N workers.")]
+Compute = Annotated[
+    str | None, typer.Option(metavar="TIME", help="With --bandwidth: time of one gradient, where it is known.", show_default="timed here")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; an existing run folder is moved aside.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where run folders go.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
@@ -57,6 +65,10 @@ def _verb(family: Family) -> Any:
         seeds: Seeds = None,
         smoke: Smoke = False,
         dry_run: DryRun = False,
+        bandwidth: Bandwidth = None,
+        latency: Latency = None,
+        workers: Count = None,
+        compute: Compute = None,
         fresh: Fresh = False,
         out: Out = Path("runs"),
         json: Json = False,
@@ -77,7 +89,8 @@ def _verb(family: Family) -> Any:
                 )
             )
         verbosity = -1 if quiet else 1 if verbose else 0
-        given = list(overrides or [])
+        network = _network(family, dry_run, bandwidth, latency, compute, workers)
+        given = [*(overrides or []), *([] if workers is None else [f"workers={workers}"])]
         plans = _plans(
             family, config, given, seeds, smoke, nproc=nproc, launcher=launcher, fresh=fresh and not dry_run, out=out, verbosity=verbosity
         )
@@ -87,7 +100,7 @@ def _verb(family: Family) -> Any:
             _print(slurm.launch(plans, cluster, dry_run=dry_run, smoke=smoke), json, show_jobs)
             return
         if dry_run:
-            _print([_forecast(p) for p in plans], json, _show_forecasts)
+            _print([_forecast(p, network) for p in plans], json, _show_forecasts)
             return
         from xutrain.launch.run import launch, summary
 
@@ -135,11 +148,46 @@ def parse_seeds(text: str) -> list[int]:
     return numbers
 
 
-def _forecast(plan: Any) -> dict[str, Any]:
+def _network(
+    family: Family, dry_run: bool, bandwidth: str | None, latency: str | None, compute: str | None, workers: int | None
+) -> tuple[float, float, float | None] | None:
+    """(bits per second, seconds, seconds of a gradient) that step times are to be predicted for. Raises UsageError."""
+    from xutrain.engine.network import parse_bandwidth, parse_time
+
+    asked = {"--bandwidth": bandwidth, "--latency": latency, "--compute": compute, "--workers": workers}
+    flags = [name for name, value in asked.items() if value is not None]
+    if not flags:
+        return None
+    if not dry_run:
+        hint = "set workers=N as an override to run with N" if flags == ["--workers"] else "add --dry-run"
+        raise UsageError(Issue(flags[0], "is for --dry-run", asked[flags[0]], hint))
+    if not family.loop.endswith("data_parallel"):
+        hint = "quantize, sparsify and pretrain have one; `xutrain pipeline plan` foresees pipelines"
+        raise UsageError(Issue(flags[0], f"{family.verb} has no prediction of step times", asked[flags[0]], hint))
+    if bandwidth is None:
+        if latency is not None or compute is not None:
+            raise UsageError(
+                Issue("--bandwidth", f"is missing; {flags[0]} alone predicts no step time", hint="--bandwidth 1Gbit", has_value=False)
+            )
+        return None
+    seconds = parse_time(compute, "--compute") if compute is not None else None
+    return parse_bandwidth(bandwidth), parse_time(latency or "50us"), seconds
+
+
+def _forecast(plan: Any, network: tuple[float, float, float | None] | None = None) -> dict[str, Any]:
     """What a dry run prints for one plan."""
     import importlib
 
-    predicted = importlib.import_module(FAMILIES[plan.loaded.verb].loop).forecast(plan.recipe)
+    loop = importlib.import_module(FAMILIES[plan.loaded.verb].loop)
+    timed: dict[str, Any] = {}
+    if loop.__name__.endswith("data_parallel"):
+        from xutrain.launch import foresee
+
+        predicted = loop.forecast(plan.recipe, foresee.Alone(plan.recipe.seed))
+        if network is not None:
+            timed = {"step_time": foresee.step_time(plan.recipe, foresee.Link(*network[:2]), network[2])}
+    else:
+        predicted = loop.forecast(plan.recipe)
     return {
         **plan.describe(),
         "status": "dry-run",
@@ -147,6 +195,7 @@ def _forecast(plan: Any) -> dict[str, Any]:
         "steps": predicted.steps,
         "bits": predicted.bits,
         "forecast": predicted.details,
+        **timed,
         "plan": {"nproc": plan.nproc, "launcher": plan.launcher, "participants": plan.recipe.participants},
         "resolved": plan.recipe.model_dump(mode="json"),
     }
@@ -174,6 +223,26 @@ def _show_forecasts(values: list[dict[str, Any]]) -> None:
         rows += [["per worker and step", console.bits(value["bits"]["per_worker_step"])]]
         rows += [[k.replace("_", " "), v] for k, v in value["forecast"].items() if not isinstance(v, (dict, list))]
         console.table([f"dry run, seed {value['seed']}", "predicted"], rows)
+        if "step_time" in value:
+            _show_step_time(value["step_time"])
+
+
+def _show_step_time(time: dict[str, Any]) -> None:
+    from xutrain.engine.network import rate_text
+
+    at = time["break_even_bandwidth"]
+    pays = "never: no bits are saved" if at is None else "any bandwidth" if at == float("inf") else f"below {rate_text(at)}"
+    rows = [
+        ["network", f"{rate_text(time['bandwidth'])}, {time['latency_s'] * 1e6:.4g} us a message"],
+        ["gradient", f"{time['gradient_s'] * 1e3:.4g} ms, {time['gradient']}"],
+        ["encode and decode", f"{time['codec_s'] * 1e3:.4g} ms"],
+        ["messages", f"{time['wire_s'] * 1e3:.4g} ms (model)"],
+        ["step", f"{time['step_s'] * 1e3:.4g} ms"],
+        ["step with fp32 all-reduce", f"{time['fp32_all_reduce_step_s'] * 1e3:.4g} ms, {time['speed_up']:.3g} times this"],
+        ["ahead of fp32 at", pays],
+        ["epoch", f"{time['epoch_s']:.4g} s"],
+    ]
+    console.table([f"a step of {time['workers']} workers", "predicted"], rows)
 
 
 def show_jobs(values: list[dict[str, Any]]) -> None:

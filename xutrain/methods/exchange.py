@@ -218,6 +218,18 @@ class Exchange:
         way: Mode = mode if not self.sums else "allreduce" if self.ring else "allgather"
         return link.exchange(way, payload, self.workers.count)
 
+    def processor(self, encode: float, decode: float) -> float:
+        """Seconds that one worker computes in an exchange, where its whole vector takes ``encode`` and ``decode`` seconds.
+
+        Under ``ps`` the server's share, since the others wait for it.
+        """
+        count = self.workers.count
+        if self.sums or count == 1:
+            return encode + decode
+        if self.mode == "alltoall":
+            return encode + decode + encode / count + decode
+        return encode + count * decode
+
     def shards(self, length: int) -> list[tuple[int, int]]:
         """The part of the vector that each worker averages under alltoall, cut at bucket boundaries."""
         bucket = int(getattr(self.codec.options, "bucket", 1))
