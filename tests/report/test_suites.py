@@ -177,3 +177,28 @@ def test_recipes_of_suites_are_of_the_catalogue() -> None:
             except XutrainError as error:
                 raise AssertionError(f"{name}: {error}") from error
             assert path.is_file() and verb
+
+
+def test_card_of_a_method_names_its_suites_and_claims(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["show", "method", "moe_pruner", "--json"]) == 0
+    card = json.loads(capsys.readouterr().out)
+    assert "eq. 9" in card["equation"] and "Wanda" in card["limits"] and "prune/moe_pruner" in card["recipes"]
+    assert {"prune_cpu", "moe_pruner_table2", "moe_pruner_table3"} <= {s["suite"] for s in card["suites"]}
+    assert "prune-moe-pruner.moe_pruner_below_wanda" in {c["id"] for c in card["claims"]}
+    assert run(["show", "codec", "orq"]) == 0
+    text = capsys.readouterr().out
+    assert "claim: ORQ-3" in text and "suite orq_digits" in text
+
+
+def test_a_column_with_a_metric_of_its_own(suite_file: Path, fill: Any, runs: Path) -> None:
+    text = suite_file.read_text().replace(
+        "  digits: {label: digits, set: {train.steps: 3}}",
+        "  digits: {label: digits, set: {train.steps: 3}}\n  loss: {label: loss, metric: test_loss, set: {train.steps: 3}}",
+    )
+    suite_file.write_text(text)
+    cells = {(c["row"], c["column"]): c for c in build.section(fill({"fp": [0.9, 0.8], "orq3": [0.7, 0.6]}), runs)["cells"]}
+    assert cells["fp", "loss"]["metric"] == "test_loss" and cells["fp", "digits"]["metric"] == "test_accuracy"
+    assert cells["fp", "loss"]["runs"][0]["folder"] == cells["fp", "digits"]["runs"][0]["folder"]  # the same run
+    suite_file.write_text(text.replace("label: full,", "label: full, metric: test_loss,"))
+    with pytest.raises(XutrainError, match="a metric belongs to the suite or to a column"):
+        suite.open_table(str(suite_file))

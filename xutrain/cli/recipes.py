@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -121,7 +122,11 @@ def _show_part(kind: str, name: str, verb: str | None, schema: bool, json: bool)
     if schema:
         console.print_json(described)
         return
+    from xutrain.report.uses import suites_and_claims
+
     module = __import__(cls.__module__, fromlist=["x"])
+    text = (module.__doc__ or cls.__doc__ or "").strip()
+    suites, claims = suites_and_claims(kind, entry.name, verb)
     card: dict[str, Any] = {
         "kind": kind,
         "name": entry.name,
@@ -130,9 +135,13 @@ def _show_part(kind: str, name: str, verb: str | None, schema: bool, json: bool)
         "paper": entry.paper,
         "summary": entry.summary,
         "file": "/".join(cls.__module__.split(".")) + ".py",
-        "text": (module.__doc__ or cls.__doc__ or "").strip(),
+        "text": text,
+        "equation": _sentence(text, _EQUATION),
+        "limits": re.sub(r"^Limits?: ", "", _sentence(text, _LIMIT)),
         "options": [_option(n, p, described) for n, p in described.get("properties", {}).items() if n != "name"],
-        "recipes": [f"{r.verb}/{r.name}" for r in catalog.listing() if _uses(r.path, kind, entry.name)],
+        "recipes": [f"{r.verb}/{r.name}" for r in catalog.listing() if (verb or r.verb) == r.verb and _uses(r.path, kind, entry.name)],
+        "suites": suites,
+        "claims": claims,
     }
     if json:
         console.print_json(card)
@@ -140,10 +149,33 @@ def _show_part(kind: str, name: str, verb: str | None, schema: bool, json: bool)
     console.out.print(f"{kind} {entry.name}" + (f"   arXiv {entry.paper}" if entry.paper else ""), style="bold", markup=False)
     console.out.print(card["text"] or entry.summary, markup=False)
     console.out.print(f"file: {card['file']}\n", markup=False)
+    for key in ("equation", "limits"):
+        if card[key]:
+            console.out.print(f"{key}: {card[key]}", markup=False)
     if card["options"]:
         console.table(["option", "type", "default", "bounds", "meaning"], [list(o.values()) for o in card["options"]])
     if card["recipes"]:
         console.out.print("recipes: " + ", ".join(card["recipes"]), markup=False)
+    for found in suites:
+        console.out.print(f"suite {found['suite']} ({', '.join(found['scales'])}): rows {', '.join(found['rows'])}", markup=False)
+    for claim in claims:
+        where = ", ".join(claim["must_hold"]) or "no scale"
+        console.out.print(f"claim: {claim['text']} (must hold at {where}; suite {claim['suite']}; {claim['source']})", markup=False)
+
+
+_EQUATION = re.compile(r"\b(eqs?\.|equations?|algorithms?)\s*\(?[A-Z]?\d", re.IGNORECASE)
+_LIMIT = re.compile(r"\b(limits?|degenerates)\b", re.IGNORECASE)
+
+
+def _sentence(text: str, wanted: re.Pattern[str]) -> str:
+    """The paragraph of a file's header that says something, from the sentence that says it."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        flat = " ".join(paragraph.split())
+        parts = re.split(r"(?<=[.;]) (?=[A-Z])", flat)
+        found = [i for i, part in enumerate(parts) if wanted.search(part)]
+        if found:
+            return " ".join(parts[found[0] :] if wanted is _LIMIT else [parts[found[0]]])
+    return ""
 
 
 def _option(name: str, prop: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

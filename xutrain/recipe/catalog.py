@@ -48,8 +48,13 @@ def find(config: str, verb: str | None = None) -> tuple[Path, str | None]:
     path = Path(config).expanduser()
     if _is_file(path):
         return path, _verb_of(path)
-    known = dict(_files())
     stem = config.removesuffix(".yaml").removesuffix(".yml").strip("/")
+    of, _, name = stem.partition("/")
+    if of in FAMILIES and name:  # verb/name: no need to list everything
+        for root in roots():
+            if _is_file(place := root / of / f"{name}.yaml"):
+                return place, of
+    known = dict(_files())
     if "/" in stem and tuple(stem.rsplit("/", 1)) in known:
         named_verb, name = stem.rsplit("/", 1)
         return known[named_verb, name], named_verb

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from pathlib import Path
@@ -97,6 +98,10 @@ def _hint(problem: str) -> str:
     return "indent with spaces and close every quote and bracket" if "found character" in problem or "expected" in problem else ""
 
 
+#: what texts were parsed to: recipes extend the same few files over and over
+_KNOWN: dict[str, Any] = {}
+
+
 def read(path: Path) -> tuple[dict[str, Any], str]:
     """The mapping in a YAML file and the file's text. Raises RecipeError for anything else."""
     try:
@@ -107,7 +112,11 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
         raise RecipeError(Issue(str(path), "is a folder, not a recipe", has_value=False)) from None
     except OSError as error:
         raise RecipeError(Issue(str(path), f"cannot be read: {error.strerror}", has_value=False)) from None
-    value = parse(text, str(path))
+    if text not in _KNOWN:
+        if len(_KNOWN) > 1000:
+            _KNOWN.clear()
+        _KNOWN[text] = parse(text, str(path))
+    value = copy.deepcopy(_KNOWN[text])
     if value is None:
         raise RecipeError(Issue(str(path), "is empty", has_value=False, hint="start from `xutrain cp RECIPE my.yaml`"))
     if not isinstance(value, dict):

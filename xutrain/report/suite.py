@@ -247,6 +247,7 @@ def _problems(suite: Suite, path: str, seeds: list[int] | None) -> list[Issue]:
 def _cells(suite: Suite, path: str, smoke: bool) -> tuple[tuple[Cell, ...], list[Issue]]:
     cells: list[Cell] = []
     wrong: dict[tuple[str, str], Issue] = {}
+    sources: dict[str, dict[str, Any]] = {}
     for row, left in suite.rows.items():
         for column, right in suite.columns.items():
             if f"{row}/{column}" in suite.skip:
@@ -263,7 +264,9 @@ def _cells(suite: Suite, path: str, smoke: bool) -> tuple[tuple[Cell, ...], list
                 continue
             said = f"rows.{row}.recipe" if left.recipe else f"columns.{column}.recipe" if right.recipe else "recipe"
             try:
-                cells.append(_cell(row, column, recipe, {**suite.set, **right.set, **left.set}, smoke))
+                if recipe not in sources:
+                    sources[recipe] = catalog.merged(catalog.find(recipe)[0])[0]
+                cells.append(_cell(row, column, recipe, sources[recipe], {**suite.set, **right.set, **left.set}, smoke))
             except RecipeError as error:
                 for issue in error.issues:
                     where = said if issue.where == "--config" else issue.where
@@ -271,8 +274,7 @@ def _cells(suite: Suite, path: str, smoke: bool) -> tuple[tuple[Cell, ...], list
     return tuple(cells), list(wrong.values())
 
 
-def _cell(row: str, column: str, recipe: str, values: dict[str, Any], smoke: bool) -> Cell:
-    source, _ = catalog.merged(catalog.find(recipe)[0])
+def _cell(row: str, column: str, recipe: str, source: dict[str, Any], values: dict[str, Any], smoke: bool) -> Cell:
     overrides = tuple(f"{k}={json.dumps(v)}" for k, v in sorted(values.items(), key=lambda item: item[0].count(".")))
     text = json.dumps([recipe, source, overrides, smoke], sort_keys=True)
     return Cell(row, column, recipe, overrides, hashlib.sha256(text.encode()).hexdigest()[:16])
