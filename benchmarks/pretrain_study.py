@@ -1,137 +1,174 @@
-"""DSM against its baselines on Python's language reference: a grid at seed 0, then three seeds of the best of each.
+"""What the study of DSM and its baselines says: losses, rounds and bytes to a loss, and the figure with four axes.
 
-    python benchmarks/pretrain_study.py --out /tmp/study --processes 2
+    python benchmarks/pretrain_study.py [--out runs] [--targets 2.5 2.3] [--json FILE] [--quick]
 
-Every run is `xutrain pretrain --config dsm` with the overrides printed beside it; finished runs are recalled, so the script may be
-interrupted. Writes study.json, study.md and study.svg (validation loss against steps and against bytes sent) into --out.
+Runs what is missing of the suite ``dsm_pydoc`` (`xutrain sweep`, finished runs are recalled; half an hour on two idle cores) and reads
+its run folders; ``--read`` runs nothing. Bytes are those that one worker sends. Writes study.md and study.svg into --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-COMMON = ["train.steps=1200", "eval.every=120", "schedule.warmup_steps=50"]
-TAU = ["method.local_steps=6"]
+from results import Ratio, arguments, write
+
+from xutrain.engine.record import read_json, read_metrics
+from xutrain.report.suite import open_table
+
+SUITE, METRIC = "dsm_pydoc", "val_loss"
+AXES = {"steps": "steps", "tokens": "tokens, millions", "rounds": "exchanges", "bytes": "megabytes sent by one worker"}
 
 
-def _sign(eta: float, **more: float) -> list[str]:
-    return [*TAU, f"method.eta={eta}", "method.weight_decay=0.1", *(f"method.{k}={v}" for k, v in more.items())]
+@dataclass(frozen=True)
+class Curve:
+    """Validation loss of one run and where it was measured, one list an axis."""
+
+    loss: list[float]
+    at: dict[str, list[float]]
+
+    def reach(self, target: float, axis: str) -> float | None:
+        """Where the loss first falls to ``target``, by a straight line between two measurements; None where it never does."""
+        at = self.at[axis]
+        if self.loss[0] <= target:
+            return at[0]
+        for (y0, x0), (y1, x1) in pairwise(zip(self.loss, at, strict=True)):
+            if y1 <= target < y0:
+                return x0 + (x1 - x0) * (y0 - target) / (y0 - y1)
+        return None
 
 
-GRID: dict[str, list[list[str]]] = {
-    "dsm": [_sign(eta, beta1=0.3, beta2=0.5) for eta in (1.0, 1.5, 2.0, 3.0)] + [_sign(1.5, beta1=0.6, beta2=0.8)],
-    "slowmo": [[*TAU, f"method.beta={b}"] for b in (0.2, 0.4)],
-    "local_adamw": [TAU],
-    "adamw": [[]],
-    "diloco": [[*TAU, f"method.lr={lr}", f"method.momentum={m}"] for lr, m in ((0.7, 0.9), (0.7, 0.5))],
-    "signed_slowmo_a": [_sign(1.5, beta=0.5)],
-    "signed_lookahead": [_sign(1.5)],
-    "global_adamw": [[*TAU, "method.eta=4.0"]],
-}
-SEEDS = (0, 1, 2)
-#: methods that are run with all seeds; the others are shown with one
-THREE = ("dsm", "slowmo", "local_adamw", "adamw", "diloco")
-
-
-def run(job: tuple[str, str, list[str], int]) -> dict[str, Any]:
-    """One run of the study."""
-    out, method, overrides, seed = job
-    from xutrain.launch.plan import plan
-    from xutrain.launch.run import launch
+def read(folder: Path) -> Curve | None:
+    """The curve of a finished run."""
+    if read_json(folder / "state.json").get("status") != "done":
+        return None
     from xutrain.recipe.load import load
 
-    keys = [f"method.name={method}", *overrides, *COMMON]
-    result = launch(plan(load("dsm", "pretrain", keys, seed=seed), out=Path(out), verbosity=-1))
-    return {
-        "method": method,
-        "overrides": overrides,
-        "seed": seed,
-        **{k: result[k] for k in ("run", "status", "metrics", "bits", "wall_s")},
+    recipe = load(str(folder / "recipe.yaml"), None, []).recipe
+    lines = [line for line in read_metrics(folder) if line["name"] == METRIC]
+    tokens = recipe.workers * recipe.train.batch_size * recipe.data.context
+    at = {
+        "steps": [float(line["step"]) for line in lines],
+        "tokens": [line["step"] * tokens / 1e6 for line in lines],
+        "rounds": [float(-(-line["step"] // recipe.local_steps)) for line in lines],
+        "bytes": [line["bits_up"] / recipe.workers / 8e6 for line in lines],
     }
+    return Curve([float(line["value"]) for line in lines], at)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--processes", type=int, default=1)
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(run, [(str(given.out), m, overrides, 0) for m in THREE for overrides in GRID[m]]))
-        best = {m: min((r for r in results if r["method"] == m), key=_loss)["overrides"] for m in THREE}
-        jobs = [(str(given.out), m, best[m], seed) for seed in SEEDS[1:] for m in THREE]
-        jobs += [(str(given.out), m, overrides, 0) for m in GRID if m not in THREE for overrides in GRID[m]]
-        for result in pool.map(run, jobs):
-            results.append(result)
-            best.setdefault(result["method"], result["overrides"])
-            write(given.out, results, best)
+def study(out: Path, smoke: bool) -> dict[str, list[Curve]]:
+    """Label of a row -> the curves of its seeds, best first."""
+    table = open_table(SUITE, smoke=smoke)
+    cells = read_json(out / "suites" / table.manifest).get("cells", {})
+    found: dict[str, list[Curve]] = {}
+    for cell in table.cells:
+        known = cells.get(cell.key, {})
+        curves = [read(out / known["folder"] / f"seed{seed}") for seed in known.get("seeds", [])]
+        kept = [c for c in curves if c is not None]
+        if kept:
+            found[table.suite.rows[cell.row].label or cell.row] = kept
+    return dict(sorted(found.items(), key=lambda item: statistics.fmean(c.loss[-1] for c in item[1])))
 
 
-def write(out: Path, results: list[dict[str, Any]], best: dict[str, list[str]]) -> None:
-    """The study as far as it has come."""
-    (out / "study.json").write_text(json.dumps({"results": results, "best": best}, indent=1), encoding="utf-8")
-    (out / "study.md").write_text(table(results, best), encoding="utf-8")
-    figure(results, best, out / "study.svg")
-
-
-def _loss(result: dict[str, Any]) -> float:
-    value = result["metrics"].get("val_loss")
-    return float("inf") if value is None else float(value)
-
-
-def table(results: list[dict[str, Any]], best: dict[str, list[str]]) -> str:
-    """Mean and deviation over the seeds, then everything that was tried at seed 0."""
-    lines = [
-        "| method | val_loss of each seed | mean | std | Mbit sent by a worker | best of the grid |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+def rows_of(found: dict[str, list[Curve]], targets: list[float]) -> list[dict[str, Any]]:
+    """One row a method. A target that some seed never reaches is said with how many do."""
     rows = []
-    for method, overrides in best.items():
-        mine = [r for r in results if r["method"] == method and r["overrides"] == overrides]
-        losses = [_loss(r) for r in mine]
-        mbit = mine[0]["bits"]["up"] / 4 / 1e6
-        std = statistics.stdev(losses) if len(losses) > 1 else float("nan")
-        seeds, mean = ", ".join(f"{v:.3f}" for v in losses), statistics.fmean(losses)
-        text = f"| {method} | {seeds} | {mean:.3f} | {std:.3f} | {mbit:.0f} | `{' '.join(overrides)}` |"
-        rows.append((statistics.fmean(losses), text))
-    lines += [text for _, text in sorted(rows)]
-    lines += ["", "| tried at seed 0 | val_loss |", "| --- | --- |"]
-    lines += [f"| {r['method']} `{' '.join(r['overrides'])}` | {_loss(r):.3f} |" for r in results if r["seed"] == 0]
-    return "\n".join(lines) + "\n"
+    for label, curves in found.items():
+        last = [c.loss[-1] for c in curves]
+        row: dict[str, Any] = {
+            "method": label,
+            "seeds": ", ".join(f"{v:.3f}" for v in last),
+            "mean": round(statistics.fmean(last), 3),
+            "std": round(statistics.stdev(last), 3) if len(last) > 1 else "",
+            "MB sent": round(curves[0].at["bytes"][-1], 1),
+        }
+        for target in targets:
+            for axis, word in (("rounds", "exchanges"), ("bytes", "MB")):
+                reached = [x for c in curves if (x := c.reach(target, axis)) is not None]
+                text = f"{statistics.fmean(reached):.{0 if axis == 'rounds' else 1}f}" if reached else "-"
+                few = f" ({len(reached)} of {len(curves)})" if 0 < len(reached) < len(curves) else ""
+                row[f"{word} to {target:g}"] = text + few
+        rows.append(row)
+    return rows
 
 
-def figure(results: list[dict[str, Any]], best: dict[str, list[str]], path: Path) -> None:
-    """Mean validation loss of the best choice against steps, and against what one worker has sent."""
+def markdown(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    return "\n".join([*lines, *("| " + " | ".join(str(row[n]) for n in names) + " |" for row in rows)]) + "\n"
+
+
+def figure(found: dict[str, list[Curve]], path: Path) -> None:
+    """Mean over the seeds against each axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from xutrain.engine.record import read_metrics
-
-    picture, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for method, overrides in best.items():
-        curves: dict[int, list[tuple[float, float]]] = {}
-        for result in results:
-            if result["method"] == method and result["overrides"] == overrides:
-                for line in read_metrics(Path(result["run"])):
-                    if line["name"] == "val_loss":
-                        curves.setdefault(line["step"], []).append((line["value"], line["bits_up"] / 4 / 8e6))
-        steps = sorted(curves)
-        losses = [statistics.fmean(v for v, _ in curves[s]) for s in steps]
-        left.plot(steps, losses, marker=".", label=method)
-        right.plot([curves[s][0][1] for s in steps], losses, marker=".", label=method)
-    left.set(xlabel="steps (1,024 tokens each over 4 workers)", ylabel="validation loss of x_{t,0}, nats per byte")
-    right.set(xlabel="megabytes sent by one worker", xscale="log")
-    left.legend(fontsize=7)
+    picture, axes = pyplot.subplots(2, 2, figsize=(10, 8), sharey=True)
+    for number, (label, curves) in enumerate(found.items()):
+        losses = [statistics.fmean(values) for values in zip(*(c.loss for c in curves), strict=True)]
+        for panel, (axis, title) in zip(axes.flat, AXES.items(), strict=True):
+            panel.plot(curves[0].at[axis], losses, label=label, linewidth=1.3, linestyle=("-", "--", ":")[number // 10 % 3])
+            panel.set(xlabel=title)
+            if axis in ("rounds", "bytes"):
+                panel.set(xscale="log")
+    for panel in axes[:, 0]:
+        panel.set(ylabel="validation loss of x_t, nats per byte")
+    lowest = min(min(c.loss) for curves in found.values() for c in curves)
+    axes[0, 0].set(ylim=(lowest - 0.05, lowest + 1.5))
+    axes[0, 0].legend(fontsize=7)
     picture.tight_layout()
     picture.savefig(path)
+
+
+def ratios_of(found: dict[str, list[Curve]], target: float) -> list[Ratio]:
+    """Exchanges and bytes of DSM against its two references; losses to read."""
+
+    def mean(label: str, axis: str) -> float | None:
+        reached = [c.reach(target, axis) for c in found.get(label, [])]
+        known = [x for x in reached if x is not None]
+        return statistics.fmean(known) if reached and len(known) == len(reached) else None
+
+    made = []
+    for other in ("AdamW, every step", "DiLoCo"):
+        for axis in ("rounds", "bytes"):
+            ours, theirs = mean("DSM", axis), mean(other, axis)
+            value = ours / theirs if ours is not None and theirs else None
+            word = "exchanges" if axis == "rounds" else "bytes"
+            made.append(Ratio(f"{word} to a loss of {target:g}, DSM / {other}", value, "", "" if value else "a seed never reaches it"))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs"))
+    parser.add_argument("--targets", type=float, nargs="+", help="losses to reach; left out: 2.5 and 2.3")
+    parser.add_argument("--read", action="store_true", help="run nothing")
+    arguments(parser)
+    given = parser.parse_args()
+    if not given.read:
+        command = [sys.executable, "-m", "xutrain", "sweep", SUITE, "--out", str(given.out), *(["--smoke"] if given.quick else [])]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found = study(given.out, given.quick)
+    if not found:
+        raise SystemExit(f"no finished run of {SUITE} under {given.out}: leave out --read")
+    targets = given.targets or ([4.5] if given.quick else [2.5, 2.3])
+    rows = rows_of(found, targets)
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "study.md").write_text(markdown(rows), encoding="utf-8")
+    figure(found, given.out / "study.svg")
+    print(markdown(rows))
+    ratios = ratios_of(found, targets[0])
+    for ratio in ratios:
+        print(f"{ratio.name}: {'-' if ratio.value is None else f'{ratio.value:.3g}'}")
+    write(given.json, "Sign momentum against its baselines: rounds and bytes to a loss", rows, ratios)
 
 
 if __name__ == "__main__":

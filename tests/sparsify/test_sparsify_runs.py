@@ -188,7 +188,7 @@ def test_unproven_codecs_are_named(tmp_path: Path) -> None:
 def test_nan_gradient_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A random block would carry a NaN only when it covers it; the loop refuses it at once (exit code 4)."""
     chosen = recipe({"name": "def"}, BLOCK, checkpoint={"every": 2})
-    real = data_parallel._gradient
+    real = data_parallel.gradient
 
     def poisoned(r: Any, ctx: Any, job: Any, slot: int, worker: int, step: int) -> tuple[float, torch.Tensor]:
         loss, grad = real(r, ctx, job, slot, worker, step)
@@ -196,7 +196,7 @@ def test_nan_gradient_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: py
             grad[-1] = float("nan")
         return loss, grad
 
-    monkeypatch.setattr(data_parallel, "_gradient", poisoned)
+    monkeypatch.setattr(data_parallel, "gradient", poisoned)
     with pytest.raises(Diverged, match="step 3, worker 2") as error:
         train(chosen, str(tmp_path))
     assert error.value.exit_code == 4
