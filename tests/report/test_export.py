@@ -27,7 +27,7 @@ def test_csv_has_every_value_and_changes_nothing(fill: Any, runs: Path, capsys: 
     assert run(["export", str(runs), "--to", "csv", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 4 and all(r["values"] == 4 for r in rows) and _records(runs) == before
-    lines = list(csv.DictReader(Path(rows[0]["path"]).open(encoding="utf-8")))
+    lines = list(csv.DictReader(Path(rows[0]["path"]).read_text(encoding="utf-8").splitlines()))
     assert {r["name"] for r in lines} == {"test_accuracy", "test_loss"} and lines[-1]["step"] == "3"
     assert build.section(table, runs)["cells"][0]["n"] == 2  # the report does not mind the export
 
