@@ -39,7 +39,7 @@ RUNS = {
     "pipeline/dsp": ["stages=2", "method.p=[2,0]", "method.m=[4,0]", "checkpoint.every=1", "log.every=1", "runtime={poll: 1, drain: end}"],
     "vertical/afsgd": ["data.parties=2", "checkpoint.every=60", "eval.every=120"],
     "prune/distill": ["distill.steps=20", "checkpoint.every=1", "log.every=1"],
-    "pretrain/dsm": ["train.steps=60", "checkpoint.every=1", "log.every=1", "eval.every=20"],
+    "pretrain/dsm": ["train.steps=60", "checkpoint.every=1", "log.every=1", "eval.every=18"],
 }
 KINDS = ("rank", "ranks", "launcher", "agent")
 MARK = "XUTRAIN_TEST_MARK"

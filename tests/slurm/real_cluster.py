@@ -1,4 +1,4 @@
-"""A SLURM of our own on this machine: munge, a controller and two node daemons, as children that end with us."""
+"""A SLURM of our own on this machine: munge, a controller and four node daemons, as children that end with us."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from xutrain.launch.torchrun import die_with_parent
 
 SHAPE = "CPUs=2 Boards=1 SocketsPerBoard=1 CoresPerSocket=2 ThreadsPerCore=1 State=UNKNOWN"
+NODES = ("n1", "n2", "n3", "n4")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 CONF = """
 ClusterName=xutrain
@@ -46,13 +48,17 @@ PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
 KillWait=5
+SlurmdTimeout=10
 MpiDefault=none
 SwitchType=switch/none
 SlurmdParameters=config_overrides
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={nodes[0]} {shape}
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={nodes[1]} {shape}
+NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={nodes[2]} {shape}
+NodeName=n4 NodeHostname={host} NodeAddr=127.0.0.1 Port={nodes[3]} {shape}
 PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 MaxTime=INFINITE State=UP
 PartitionName=high Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
+PartitionName=apart Nodes=n[3-4] PriorityTier=5 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 
 
@@ -79,19 +85,19 @@ def missing() -> str:
 
 
 class Cluster:
-    """Two nodes of two cores, partitions ``low`` (preempted by requeue) and ``high``."""
+    """Four nodes of two cores: n1 and n2 in the partitions ``low`` (preempted by requeue) and ``high``, n3 and n4 in ``apart``."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self.children: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        for name in ("state", "spool/n1", "spool/n2"):
+        for name in ("state", *(f"spool/{node}" for node in NODES)):
             (self.home / name).mkdir(parents=True)
         key = self.home / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        controller, *nodes = _free_ports(3)
+        controller, *nodes = _free_ports(1 + len(NODES))
         conf = self.home / "slurm.conf"
         conf.write_text(
             CONF.format(host=socket.gethostname().split(".")[0], home=self.home, controller=controller, nodes=nodes, shape=SHAPE)
@@ -108,9 +114,30 @@ class Cluster:
         self._spawn("munged", "--foreground", "--force", *(f"--{k}={self.home / v}" for k, v in munge.items()))
         wait_for(lambda: (self.home / "munge.socket").exists(), 30, "munged")
         self._spawn("slurmctld", "-D", "-c")
-        for node in ("n1", "n2"):
+        for node in NODES:
             self._spawn("slurmd", "-D", "-N", node)
-        wait_for(lambda: ask("sinfo", "-h", "-p", "low", "-o", "%T %D") == "idle 2", 90, "two idle nodes", self.logs)
+        wait_for(lambda: ask("sinfo", "-h", "-p", "low,apart", "-o", "%P %T %D").count("idle 2") == 2, 90, "four idle nodes", self.logs)
+
+    def cut_power(self, node: str) -> None:
+        """Kill a node's daemon and all that runs on it, at once; the controller has to find out."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                    inside = f"SLURMD_NODENAME={node}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                    ours = str(self.home).encode() in (entry / "environ").read_bytes()
+                    daemon = words[0].endswith(b"slurmd") and node.encode() in words
+                    if ours and (inside or daemon or (words[0].startswith(b"slurmstepd") and self._steps_of(node, words[0]))):
+                        found.append(int(entry.name))
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _steps_of(self, node: str, title: bytes) -> bool:
+        """Whether a step daemon, titled ``slurmstepd: [JOB.STEP]``, serves a job of the node."""
+        match = re.search(rb"\[(\d+)\.", title)
+        return bool(match) and job(match[1].decode()).get("NodeList") == node
 
     def _spawn(self, *command: str) -> None:
         log = (self.home / f"{command[0]}.out").open("ab")
