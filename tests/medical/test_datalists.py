@@ -291,3 +291,15 @@ def test_missing_reader_is_a_data_error(two: Path) -> None:
     (two / "A/datalist.json").write_text(json.dumps(listed))
     with pytest.raises(DataError, match=r"x\.mhd"):
         build(two)
+
+
+def test_package_that_is_not_installed(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from monai.utils import OptionalImportError
+
+    def absent(*_: object, **__: object) -> None:
+        raise OptionalImportError("import nibabel (No module named 'nibabel').")
+
+    monkeypatch.setattr("monai.data.NibabelReader.__init__", absent)
+    with pytest.raises(DataError) as caught:
+        build(two)
+    assert "nibabel" in caught.value.issues[0].what and "xutrain[medical]" in caught.value.issues[0].hint

@@ -122,6 +122,9 @@ def _checked(case: Case, site: str) -> Pair:
     where = _place(case, site)
     try:
         pair = case.load()
+    except ImportError as reason:
+        what = f"cannot be read here: {str(reason).strip().splitlines()[0][:120]}"
+        raise DataError(Issue(where, what, has_value=False, hint="pip install 'xutrain[medical]'")) from None
     except UNREADABLE as reason:
         if isinstance(reason, XutrainError):  # a RecipeError is a ValueError
             raise

@@ -102,6 +102,8 @@ def read(paths: tuple[Path, ...], site: str, channels: int) -> Any:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 parts.append(LoadImage(reader=_reader(path, channels), image_only=True, ensure_channel_first=True)(str(path)))
+        except ImportError as reason:  # MONAI's OptionalImportError is one
+            raise lacking(str(path), reason) from None
         except UNREADABLE as reason:
             text = str(reason).strip().splitlines() or [type(reason).__name__]
             raise DataError(
@@ -111,6 +113,12 @@ def read(paths: tuple[Path, ...], site: str, channels: int) -> Any:
         shapes = ", ".join(str(tuple(p.shape[1:])) for p in parts)
         raise DataError(Issue(f"{paths[1]} (site {site})", f"the files of one case differ in shape: {shapes}", has_value=False))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def lacking(where: str, reason: ImportError) -> DataError:
+    """The error for a reader whose package is not installed."""
+    what = f"cannot be read here: {str(reason).strip().splitlines()[0][:120]}"
+    return DataError(Issue(where, what, has_value=False, hint="pip install 'xutrain[medical]'"))
 
 
 def _reader(path: Path, channels: int) -> Any:
@@ -196,7 +204,7 @@ def _upright(image: Any, masks: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         pixdim = form.spacing[::-1]
         modes = ("bilinear", "nearest")
         turned = [Spacing(pixdim, mode=mode)(each) for each, mode in zip(turned, modes, strict=True)]
-    first, second = (torch.from_numpy(np.array(each)).permute(0, 3, 2, 1) for each in turned)
+    first, second = (torch.from_numpy(each.numpy()).permute(0, 3, 2, 1) for each in turned)
     return first, second
 
 
