@@ -11,23 +11,26 @@ u is the gradient and the optimizer's own momentum acts after the reduction (PEF
 
 State is kept by parameter name: DDP rebuilds its buckets after the first step, and a residual belongs to a parameter. One
 collective per bucket, started in the hook and finished in its future, so that it overlaps with the backward pass; codec
-``low_rank`` needs two, which run in the hook itself.
+``low_rank`` needs two, which run in the hook itself. ``mode="alltoall"`` needs two as well, scatter-reduce and all-gather of the
+means quantized again: the second of a bucket is started when the next bucket is ready, so both overlap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from xutrain.engine import collectives
+from xutrain.engine.network import Link
 from xutrain.engine.replica import Slice
 from xutrain.engine.rng import Key
 from xutrain.errors import Issue, UsageError
 from xutrain.methods.codecs.base import Codec, Payload
+from xutrain.methods.exchange import choose, shards
 
 
 class CompressedHook:
@@ -41,9 +44,13 @@ class CompressedHook:
         coeff: part of its residual by which a worker steps ahead inside ``detached``, in [0, 1].
         optimizer: where the learning rate is read (its first group), so that residuals survive a changed rate; None: rate 1.
         seed: of the codec's draws, the same on all ranks.
+        mode: how messages that cannot be added reach everyone: allgather, alltoall (not with error feedback, which would not see
+            the second quantization), or auto, the cheaper of them for each bucket on ``link``.
+        link: the network that ``auto`` reckons with.
+        overlap: go on with the backward pass while a bucket travels; False waits, with the same result bit for bit.
 
     Raises:
-        UsageError: ``coeff`` or ``momentum`` out of range, or a codec that error feedback makes diverge.
+        UsageError: ``coeff``, ``momentum`` or ``mode`` out of range, or a codec or mode that error feedback makes diverge.
         RecipeError: the codec does not fit the parameters (``ratio`` above every tensor).
     """
 
@@ -57,6 +64,9 @@ class CompressedHook:
         coeff: float = 0.0,
         optimizer: torch.optim.Optimizer | None = None,
         seed: int = 0,
+        mode: Literal["allgather", "alltoall", "auto"] = "allgather",
+        link: Link | None = None,
+        overlap: bool = True,
     ) -> None:
         if not 0 <= coeff <= 1:
             raise UsageError(Issue("coeff", "must be in [0, 1]", coeff))
@@ -66,6 +76,13 @@ class CompressedHook:
             raise UsageError(
                 Issue("codec", f"{codec.label} makes residuals grow under error feedback", codec.options.name, "rescale=False")
             )
+        if mode not in ("allgather", "alltoall", "auto"):
+            raise UsageError(Issue("mode", "must be allgather, alltoall or auto", mode))
+        if mode == "alltoall" and (error_feedback or codec.per_tensor):
+            why = "error feedback would not see the second quantization" if error_feedback else f"{codec.label} works tensor by tensor"
+            raise UsageError(Issue("mode", f"alltoall cuts and quantizes twice, and {why}", mode, "mode='allgather'"))
+        self.mode, self.link, self.overlap = mode, link or Link(), overlap
+        self._second: Callable[[], None] | None = None
         self.ddp, self.codec, self.optimizer = ddp, codec, optimizer
         self.error_feedback, self.momentum, self.coeff, self.seed = error_feedback, momentum, coeff, seed
         self.step = 0
@@ -130,6 +147,12 @@ class CompressedHook:
 
     def run(self, given: Any) -> Any:
         """One bucket (``torch.distributed.GradBucket``): a future of the reduced gradients."""
+        future = self._start(given)
+        if not self.overlap or given.is_last():
+            self._finish()
+        return future if self.overlap else collectives.finished(future.wait())
+
+    def _start(self, given: Any) -> Any:
         rank, count = collectives.world()
         bucket, buffer = self._bucket(given), given.buffer()
         lr = float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else 1.0
@@ -165,6 +188,8 @@ class CompressedHook:
                 return buffer
 
             return collectives.start_sum(values).then(place)
+        if self._cut(codec, length, count):
+            return self._in_two(codec, message, key, hand_over)
         payload = codec.encode(message, key.fold(worker=rank))
         if feed:
             message.sub_(codec.decode(payload))
@@ -177,6 +202,48 @@ class CompressedHook:
             return hand_over(codec.combine(total.div_(count)))
 
         return future.then(decode)
+
+    def _cut(self, codec: Codec, length: int, count: int) -> bool:
+        if self.mode == "auto":
+            return choose(codec, length, count, self.link, again=not self.error_feedback)[0] == "alltoall"
+        return self.mode == "alltoall"
+
+    def _in_two(self, codec: Codec, message: Tensor, key: Key, hand_over: Callable[[Tensor], Tensor]) -> Any:
+        """Scatter-reduce with requantization: this starts the first half; the next bucket, or the end, starts the second."""
+        self._finish()
+        rank, count = collectives.world()
+        parts = shards(codec, message.numel(), count)
+        sent = [codec.encode(message[a:b], key.fold(stream=f"shard{j}", worker=rank)).data for j, (a, b) in enumerate(parts)]
+        work, received = collectives.start_all_to_all(sent)
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+
+        def second() -> None:
+            work.wait()
+            a, b = parts[rank]
+            total = codec.decode(Payload(received[0].contiguous(), b - a))
+            for row in received[1:]:
+                total.add_(codec.decode(Payload(row.contiguous(), b - a)))
+            mean = codec.combine(total.div_(count))
+            own = codec.encode(mean, key.fold(stream="again", worker=rank)).data
+            sizes = [codec.payload_bits(stop - start) // 8 for start, stop in parts]
+            padded = own.new_zeros(max(sizes))
+            padded[: own.numel()] = own
+            future, everyone = collectives.start_gather(padded)
+
+            def place(_: Any) -> None:
+                pieces = zip(everyone, sizes, parts, strict=True)
+                done.set_result(hand_over(torch.cat([codec.decode(Payload(row[:n].clone(), b - a)) for row, n, (a, b) in pieces])))
+
+            future.then(place)
+
+        self._second = second
+        return done
+
+    def _finish(self) -> None:
+        """Start the second half of the bucket whose first half is under way, if there is one."""
+        second, self._second = self._second, None
+        if second is not None:
+            second()
 
     def _carried(self) -> dict[str, Tensor]:
         """The codec's state by tensor name, from all buckets."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,14 @@ def start_gather(tensor: Tensor) -> tuple[Any, Tensor]:
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     work: Any = gather(out, tensor, async_op=True)
     return work.get_future(), out.view(dist.get_world_size(), -1)
+
+
+def start_all_to_all(parts: Sequence[Tensor]) -> tuple[Any, Tensor]:
+    """Begin to send ``parts[p]`` to process p, and to receive what others have for this one, all of one size; (work, (processes, n))."""
+    size, count = parts[dist.get_rank()].numel(), dist.get_world_size()
+    out = parts[0].new_empty(count * size)
+    work: Any = dist.all_to_all_single(out, torch.cat(list(parts)), [size] * count, [p.numel() for p in parts], async_op=True)
+    return work, out.view(count, -1)
 
 
 def average(tensor: Tensor) -> Tensor:

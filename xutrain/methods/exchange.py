@@ -34,6 +34,14 @@ def choose(codec: Codec, length: int, count: int, link: Link, *, again: bool = T
     return (cheaper(link, codec.payload_bits(length), count) if again and not codec.per_tensor else "allgather"), "exact"
 
 
+def shards(codec: Codec, length: int, count: int) -> list[tuple[int, int]]:
+    """A vector of ``length`` elements in ``count`` parts of about equal size, cut at the codec's bucket boundaries."""
+    bucket = int(getattr(codec.options, "bucket", 1))
+    buckets = -(-length // bucket)
+    ends = [min(length, bucket * -(-buckets * (w + 1) // count)) for w in range(count)]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
 @dataclass
 class Result:
     """What an exchange returns: the mean, and what each hosted worker's own message decodes to (error feedback needs it)."""
@@ -232,10 +240,7 @@ class Exchange:
 
     def shards(self, length: int) -> list[tuple[int, int]]:
         """The part of the vector that each worker averages under alltoall, cut at bucket boundaries."""
-        bucket = int(getattr(self.codec.options, "bucket", 1))
-        buckets = -(-length // bucket)
-        ends = [min(length, bucket * -(-buckets * (w + 1) // self.workers.count)) for w in range(self.workers.count)]
-        return list(zip([0, *ends[:-1]], ends, strict=True))
+        return shards(self.codec, length, self.workers.count)
 
     def _sizes(self, length: int) -> list[int]:
         return [self.codec.payload_bits(length) // 8] * self.workers.count
