@@ -95,6 +95,9 @@ class Bench:
     def __init__(self, task: Task, replica: Replica, ctx: Context, train: Any, eval_batch: int) -> None:
         self.task, self.replica, self.ctx, self.train = task, replica, ctx, train
         self.eval_batch = eval_batch
+        if train.entropy_coef and task.labels is None:
+            what = "is a term of a classifier's softmax, and this data set has no classes"
+            raise RecipeError(Issue("train.entropy_coef", what, train.entropy_coef, "set it to 0"))
         self._at: Tensor | None = None
 
     def point(self, vector: Tensor) -> None:
@@ -161,6 +164,18 @@ class ClientData:
             gradient.add_(point, alpha=self.bench.train.weight_decay)
         return clip_norm(gradient, self.bench.train.clip_norm)
 
+    def validation_gradient(self, point: Tensor) -> Tensor:
+        """Gradient at ``point`` of the mean loss over the client's held-out samples, statistics and dropout as in training."""
+        rows, bench = self.shard.val, self.bench
+        assert len(rows), "methods with ``validates`` are checked before the first round"
+        held = bench.replica.buffers() if bench.replica.num_buffer_elements else None
+        total = torch.zeros_like(point)
+        for chunk in rows.split(bench.eval_batch):
+            total.add_(bench.gradient(point, bench.task.plain(chunk))[1], alpha=len(chunk) / len(rows))
+        if held is not None:
+            bench.replica.load_buffers(held)
+        return total
+
     def full_gradient(self, point: Tensor) -> Tensor:
         replica, seed = self.bench.replica, self.bench.ctx.seed
         held = replica.buffers() if replica.num_buffer_elements else None
@@ -177,6 +192,8 @@ class ClientData:
     def evaluate(self, point: Tensor, split: str = "val") -> dict[str, float]:
         assert split in ("val", "train"), split
         indices = self.shard.val if split == "val" else self.shard.train
+        if not len(indices):
+            return {}
         self.bench.point(point)
         module, sums = self.bench.replica.module, dict[str, list[float]]()
         module.eval()

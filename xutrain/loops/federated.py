@@ -26,7 +26,7 @@ from xutrain.loops.absence import count_lost, lose, lost_numbers
 from xutrain.loops.clients import Bench, ClientData, Kept, Shard, shards
 from xutrain.loops.federated_checks import check_combination
 from xutrain.loops.federated_eval import finish, measure, over_rounds, write_partition
-from xutrain.loops.federated_search import draw_search, searched
+from xutrain.loops.federated_search import check_validation, draw_search, searched
 from xutrain.loops.networks import Extra, build_networks, describe
 from xutrain.loops.uplink import BUFFERS, Sent, Uplink
 from xutrain.methods.federate.base import FederatedMethod, Federation, Reply, Round, State
@@ -102,6 +102,8 @@ def build(recipe: Any, ctx: Context) -> Job:
     )
     method: FederatedMethod = cls(recipe.method, federation)
     bench = Bench(task, replica, ctx, recipe.train, recipe.eval.batch_size)
+    if cls.validates:
+        check_validation(recipe, parts, f"{recipe.method.name} learns from them")
     if recipe.search is not None:
         method = searched(recipe, method, bench, parts)
     theta = workers.broadcast(replica.read())  # rank 0's weights, whatever the others drew

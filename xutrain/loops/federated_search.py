@@ -30,9 +30,8 @@ def searched(recipe: Any, method: FederatedMethod, bench: Bench, parts: list[Sha
         raise RecipeError(Issue("search", what, has_value=False, hint="search: null, or another method"))
     counts = [len(p.val) for p in parts]
     agent_class = registry.load("agent", search.agent.name)
-    if min(counts) == 0 and (agent_class.learns or search.agent.name == "random"):
-        what = f"leaves client {counts.index(0)} no validation samples, and the agent is rewarded by the clients' validation loss"
-        raise RecipeError(Issue("clients.val_fraction", what, recipe.clients.val_fraction, "for example clients.val_fraction=0.1"))
+    if agent_class.learns or search.agent.name == "random":
+        check_validation(recipe, parts, "the agent is rewarded by the clients' validation loss")
     space = AgentSpace(search.space, recipe.clients.count, recipe.method, [p.per_pass for p in parts])
     agent = agent_class(search.agent, space, Key(recipe.seed, "agent"))
     if search.rollouts:
@@ -48,6 +47,14 @@ def searched(recipe: Any, method: FederatedMethod, bench: Bench, parts: list[Sha
         return evaluate(bench.replica.module, bench.task, "val", bench.ctx, bench.eval_batch)["loss"]
 
     return Searched(method, search, agent, counts, judge if search.rollouts else None)
+
+
+def check_validation(recipe: Any, parts: list[Shard], why: str) -> None:
+    """Raises RecipeError where a client keeps no samples aside."""
+    empty = [k for k, p in enumerate(parts) if not len(p.val)]
+    if empty:
+        what = f"leaves client {empty[0]} no validation samples, and {why}"
+        raise RecipeError(Issue("clients.val_fraction", what, recipe.clients.val_fraction, "for example clients.val_fraction=0.1"))
 
 
 def draw_search(record: Record) -> None:

@@ -253,6 +253,7 @@ class FederatedMethod:
         silent: clients and server do not talk; nothing is counted.
         own_steps: clients may do different numbers of local steps.
         tolerant: replies that are not finite are passed to ``merge`` instead of ending the run.
+        validates: clients need held-out samples of their own.
         adaptive: the local steps may be Adam's (``train.optimizer: adam``).
         plain: what is sent is not encoded (whole models and moments, which no codec of gradients fits).
         without_buffers: a client has several models, which cannot share running statistics: nets that have them are refused.
@@ -265,6 +266,7 @@ class FederatedMethod:
     silent: ClassVar[bool] = False
     own_steps: ClassVar[bool] = True
     tolerant: ClassVar[bool] = False
+    validates: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
     plain: ClassVar[bool] = False
     without_buffers: ClassVar[bool] = False

@@ -37,10 +37,12 @@ TINY = 1e-30  # below it, lr times momentum is no float32 number any more
 class DoubleMomentum(FederatedMethod):
     """Equations (1) to (6). Subclasses choose the class attributes and declare the options they let a recipe set."""
 
-    local_buffer: ClassVar[Literal["zero", "average", "carry"]] = "zero"
+    local_buffer: Literal["zero", "average", "carry"] = "zero"
     fusion: ClassVar[Literal["none", "pre", "intra"]] = "none"
     #: With unequal P_k every client weighs p_k; else the models are averaged, which weighs by p_k P_k (plain FedAvg).
     normalised: ClassVar[bool] = True
+    #: The local momentum looks ahead, as torch.optim.SGD(nesterov=True).
+    nesterov: bool = False
     #: Clients use the server's momentum: they infer it from two models in a row, or are sent it.
     follows: ClassVar[bool] = False
 
@@ -90,7 +92,7 @@ class DoubleMomentum(FederatedMethod):
             gradient = problem.gradient(y, p)
             if mu:
                 buffer = buffer.mul_(mu).add_(gradient) if buffer is not None else gradient.clone()
-                gradient = buffer
+                gradient = gradient.add(buffer, alpha=mu) if self.nesterov else buffer
             y.add_(gradient, alpha=-lr)
             total.add_(gradient)
             if direction is not None and self.fusion == "intra":

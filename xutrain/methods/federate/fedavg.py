@@ -6,10 +6,11 @@ alpha = 1 is the average of the clients' models, one local step of everybody is 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from xutrain.methods.federate.base import Federation
 from xutrain.methods.federate.double_momentum import DoubleMomentum
 from xutrain.registry import Named, method
 
@@ -22,3 +23,13 @@ class FedAvg(DoubleMomentum):
     class Options(Named):
         name: Literal["fedavg"] = "fedavg"
         server_lr: float = Field(1.0, gt=0, description="Server learning rate alpha; 1 takes the average as it is.")
+        local_momentum: float = Field(0.0, ge=0, lt=1, description="Momentum constant of the clients' SGD.")
+        nesterov: bool = Field(False, description="That momentum looks ahead.")
+        momentum_buffer: Literal["reset", "keep"] = Field(
+            "reset", description="Clients start each round with an empty buffer, or with their own last one."
+        )
+
+    def __init__(self, options: Any, federation: Federation) -> None:
+        super().__init__(options, federation)
+        self.local_buffer = "carry" if options.momentum_buffer == "keep" else "zero"
+        self.nesterov = options.nesterov

@@ -61,7 +61,7 @@ def shown_of(space: AgentSpace, sample: State, held: State, base: Round) -> dict
     mean, std = held["policy"]
     parts = {
         "sample": space.shown(sample["u"], base, shares),
-        "policy_mean": space.shown(mean, base, expected.tolist()),
+        "policy_mean": space.shown(mean, base, expected.tolist(), exact=True),
         "policy_std": {**space.spread(mean, std), **{f"weight_{k}": d for k, d in enumerate(deviation.tolist())}},
     }
     few = space.clients <= SHOWN

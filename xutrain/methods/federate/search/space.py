@@ -149,12 +149,12 @@ class AgentSpace:
     def _knob(self, key: str, value: float) -> float:
         return float(math.floor(value + 0.5)) if key in self.integers else value
 
-    def shown(self, u: Tensor, base: Round, shares: Sequence[float] = ()) -> dict[str, float]:
-        """What a sample, or a policy's mean, says in the user's units: name -> value."""
+    def shown(self, u: Tensor, base: Round, shares: Sequence[float] = (), *, exact: bool = False) -> dict[str, float]:
+        """What a sample, or with ``exact`` (no rounding) a policy's mean, says in the user's units: name -> value."""
         setting = self.setting(u, base, shares)
         shown: dict[str, float] = {}
         for c, x in zip(self.coordinates, u.tolist(), strict=True):
-            if c.key == "local_work":
+            if c.key == "local_work" and not exact:
                 shown[c.name] = max(1.0, float(int(c.value(x) + 0.5)))
             elif c.key != "weights":
                 shown[c.name] = c.value(x)
