@@ -1,9 +1,9 @@
 """Auto-FedAvg: aggregation weights learnt by gradient on the clients' validation loss.
 
 Xia et al., arXiv 2104.10195, from memory of the published rule: a = softmax(beta),
-beta <- beta - eta grad_beta sum_k v_k L_k^val(sum_j a_j w^j), with v_k the client's share of the validation samples (here: of p_k). The gradient needs no further round: the model that a client
-receives is sum_j a_j w^j, so its answer carries the gradient of its validation loss there, one vector more, and the server, which
-kept the updates Delta_j of the round before, takes
+beta <- beta - eta grad_beta sum_k v_k L_k^val(sum_j a_j w^j), with v_k the client's share of the validation samples (here: p_k). The
+gradient needs no further round: the model that a client receives is sum_j a_j w^j, so its answer carries the gradient of its
+validation loss there, one vector more, and the server, which kept the updates Delta_j of the round before, takes
 
     g_j = <sum_k p_k grad L_k^val(w), Delta_j>,    grad_beta = a * (g - <a, g>)                                    (1)
 
