@@ -10,7 +10,7 @@ from typing import Any
 
 from xutrain.engine.record import read_json
 from xutrain.errors import Issue, UsageError
-from xutrain.report import claims, published, runs
+from xutrain.report import claims, pictures, published, runs
 from xutrain.report.runs import Run
 from xutrain.report.suite import Line, Plot, Suite, Table
 
@@ -110,6 +110,12 @@ def _section(
         "columns": [{"key": c, "label": suite.columns[c].label or c, "note": suite.columns[c].note} for c in columns],
         "cells": cells,
         "claims": judged,
+        "pictures": pictures.of_cells(
+            (row, column, suite.rows[row].label or row, (suite.columns[column].label or column) if len(columns) > 1 else "", known)
+            for row in rows
+            for column in columns
+            if (known := found.get((row, column), []))
+        ),
         "plots": [p for plot in suite.plots for p in _plots(plot, table, found, rows, columns)],
         "notes": [*suite.notes, *notes, *sorted({n for c in cells for n in c["notes"]})],
         "command": f"xutrain sweep {table.name}"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from xutrain.report import plots
+from xutrain.report.pictures import inline
 
 MARKS = {"match": "✓", "ordering holds": "✓", "pass": "✓", "off": "✗", "ordering fails": "✗", "fail": "✗", "failed": "✗", "diverged": "✗"}
 
@@ -83,6 +86,7 @@ def write(report: dict[str, Any], out: Path, formats: list[str]) -> dict[str, st
     out.mkdir(parents=True, exist_ok=True)
     files: dict[str, str] = {}
     pictures: dict[tuple[int, int], str] = {}
+    copies: dict[str, str] = {}
     if "md" in formats:
         for a, part in enumerate(report["suites"]):
             for b, panel in enumerate(part["plots"]):
@@ -92,8 +96,13 @@ def write(report: dict[str, Any], out: Path, formats: list[str]) -> dict[str, st
                 taken = f"{name}-{b}" if f"{name}.png" in pictures.values() else name
                 plots.png(panel, out / f"{taken}.png")
                 pictures[a, b] = f"{taken}.png"
+            for shown in part["pictures"]:
+                source = Path(shown["file"])
+                copy = out / re.sub(r"[^\w.-]+", "-", f"{part['suite']}-{shown['row']}-{shown['column']}-{source.name}")
+                shutil.copyfile(source, copy)
+                copies[shown["file"]] = copy.name
         path = out / "report.md"
-        path.write_text(markdown(report, pictures), encoding="utf-8")
+        path.write_text(markdown(report, pictures, copies), encoding="utf-8")
         files["md"] = str(path)
         if pictures:
             files["picture"] = str(out / next(iter(pictures.values())))
@@ -118,7 +127,15 @@ def html(report: dict[str, Any]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        number=number, error=error, spread=spread, signed=signed, words=words, verdict=verdict, trace=trace, paper_number=paper_number
+        number=number,
+        error=error,
+        spread=spread,
+        signed=signed,
+        words=words,
+        verdict=verdict,
+        trace=trace,
+        paper_number=paper_number,
+        inline=inline,
     )
     count = 0
     pictures: dict[str, list[dict[str, Any]]] = {}
@@ -134,7 +151,7 @@ def _index(part: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     return {(c["row"], c["column"]): c for c in part["cells"]}
 
 
-def markdown(report: dict[str, Any], pictures: dict[tuple[int, int], str]) -> str:
+def markdown(report: dict[str, Any], pictures: dict[tuple[int, int], str], copies: dict[str, str]) -> str:
     """The same tables as plain text; no times in it, so that equal runs give equal pages."""
     lines = [
         f"# {report['title']}",
@@ -152,7 +169,8 @@ def markdown(report: dict[str, Any], pictures: dict[tuple[int, int], str]) -> st
         lines += ["", *[f"- {n}" for n in part["notes"]]]
         if part["paper"]["unseen"]:
             lines += [f"- The paper's numbers: {part['paper']['unseen']}"]
-        lines += ["", *[f"![{panel['title']}]({pictures[a, b]})" for b, panel in enumerate(part["plots"]) if (a, b) in pictures], ""]
+        lines += ["", *[f"![{panel['title']}]({pictures[a, b]})" for b, panel in enumerate(part["plots"]) if (a, b) in pictures]]
+        lines += [*[f"![{p['caption']}]({copies[p['file']]})" for p in part["pictures"] if p["file"] in copies], ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
