@@ -350,7 +350,7 @@ def test_four_parties_go_on_without_a_lost_one(tmp_path):
                 "network": {
                     "lost": "go_on",
                     "timeout_s": 1.0,
-                    "patience_s": 3.0,
+                    "patience_s": 10.0,
                     "step_ms": 2.0,
                     "addresses": {p: f"127.0.0.1:{port}" for p, port in zip(NAMES, ports, strict=True)},
                 },
@@ -367,6 +367,7 @@ def test_four_parties_go_on_without_a_lost_one(tmp_path):
             thread.join(40)
             assert not thread.is_alive()
         assert any("party3 does not answer" in text and "without its share" in text for text in said)
+        assert not isinstance(results["party0"], XutrainError), (results["party0"], said)
         assert results["party0"]["train_auc"] > 0.9
         assert isinstance(results["party3"], Stopped)
     finally:

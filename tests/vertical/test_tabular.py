@@ -42,7 +42,7 @@ def test_party_files_join_on_ids_and_code_locally(two):
         ("id,v\n77,2\n", "no id in common"),
         ("id,v\n1,2\n2,\n4,1\n", r"b.csv:3: empty or NaN cell in column v"),
         ("id,v\n1,2\n2,nan\n4,1\n", r"b.csv:3: empty or NaN cell"),
-        ("id,label\n1,2\n2,1\n4,1\n", "exactly one party"),
+        ("id,label\n1,0\n2,0\n4,1\n", "other labels for the same entity"),
     ],
 )
 def test_faults_of_a_csv_name_the_file_and_the_row(two, tmp_path, text, message):

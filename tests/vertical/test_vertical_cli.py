@@ -94,5 +94,5 @@ def test_real_parties_are_told_what_is_missing(capsys, tmp_path):
     pytest.importorskip("grpc")
     assert run(["vertical", "train", "--config", "afsgd"]) == 2
     assert "--simulate" in capsys.readouterr().err
-    assert run(["vertical", "train", "--config", "afsgd", "--simulate", "--out", str(tmp_path)]) == 2
+    assert run(["vertical", "train", "--config", "fd_svrg", "--simulate", "--out", str(tmp_path)]) == 2
     assert "method=vfb2" in capsys.readouterr().err

@@ -19,10 +19,15 @@ app = typer.Typer(
 )
 Config = Annotated[str, typer.Option("--config", "-c", metavar="NAME_OR_PATH", help="The job: the same recipe at every party.")]
 Party = Annotated[str, typer.Option("--party", metavar="NAME", help="Which party this is.")]
-Data = Annotated[Path | None, typer.Option("--data", metavar="CSV", help="This party's file; by default data.files of the job.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", metavar="FILE", help="This party's CSV or LIBSVM (.svm) file; by default data.files of the job.")
+]
 Identity = Annotated[Path, typer.Option("--identity", metavar="DIR", help="Folder with ca.pem, NAME.pem and NAME.key.")]
 Rows = Annotated[
     Path | None, typer.Option("--rows", metavar="FILE", help="Order file of `align`; without it all parties must hold the same ids.")
+]
+Ids = Annotated[
+    Path | None, typer.Option("--ids", metavar="FILE", help="Ids of a LIBSVM file, one a line; by default the file's name with .ids.")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, the same at every party.", show_default=False)
@@ -59,6 +64,7 @@ def train(
     data: Data = None,
     identity: Identity = Path("identity"),
     rows: Rows = None,
+    ids: Ids = None,
     out: Out = Path("runs/vertical-parties"),
     simulate: Annotated[bool, typer.Option("--simulate", help="Start all parties on this machine, over TLS on loopback.")] = False,
     json: Json = False,
@@ -81,9 +87,12 @@ def train(
             )
         )
     from xutrain.data.party_file import load_party
+    from xutrain.loops.vertical_job import leader_of
     from xutrain.loops.vertical_party import Process
 
-    mine = load_party(recipe.data, party, _mine(recipe, party, data), rows)
+    mine = load_party(recipe.data, party, _mine(recipe, party, data), rows, id_file=ids, leader=leader_of(recipe))
+    if mine.note:
+        _say(f"{party}: {mine.note}")
     metrics = Process(recipe, party, mine, load(identity, party), out, _say).run()
     _print({"party": party, "status": "done", "out": str(out), "model": str(out / f"model.{party}.json"), "metrics": metrics}, json)
 
@@ -97,6 +106,7 @@ def predict(
     data: Data = None,
     identity: Identity = Path("identity"),
     rows: Rows = None,
+    ids: Ids = None,
     out: Out = Path("runs/vertical-parties"),
     json: Json = False,
 ) -> None:
@@ -109,7 +119,7 @@ def predict(
     from xutrain.loops.vertical_score import Scoring
 
     known = read_model(model, party)
-    mine = load_scoring(recipe.data, party, _mine(recipe, party, data), known, rows)
+    mine = load_scoring(recipe.data, party, _mine(recipe, party, data), known, rows, id_file=ids)
     metrics = Scoring(recipe, party, mine, load(identity, party), out, _say, known).run()
     _print({"party": party, "status": "done", "out": str(out), "metrics": metrics}, json)
 
@@ -136,6 +146,7 @@ def align(
     overrides: Overrides = None,
     data: Data = None,
     identity: Identity = Path("identity"),
+    ids: Ids = None,
     out: Out = Path("runs/vertical-parties"),
     json: Json = False,
 ) -> None:
@@ -144,13 +155,13 @@ def align(
 
     need_extra()
     recipe = _job(config, overrides)
-    from xutrain.data.tabular import read_csv
+    from xutrain.data.party_table import read_table
     from xutrain.loops.vertical_align import Alignment, write_order
 
-    table = read_csv(_mine(recipe, party, data), recipe.data.id, recipe.data.label)
-    ids, report = Alignment(recipe, party, table.ids, load(identity, party), _say).run()
+    table = read_table(_mine(recipe, party, data), recipe.data, ids)
+    order, report = Alignment(recipe, party, table.ids, load(identity, party), _say).run()
     path = out / f"rows.{party}.json"
-    write_order(path, ids, report)
+    write_order(path, order, report)
     _print({"party": party, "status": "done", "rows": str(path), "metrics": {k: float(v) for k, v in report.items()}}, json)
 
 

@@ -102,12 +102,15 @@ def binary_labels(values: NDArray, where: str) -> NDArray[np.float64]:
 
 @dataclass
 class Table:
-    """A CSV as text cells: ids, named columns, labels if the file has them."""
+    """A party's file: ids, labels if it has them, and named columns of text cells (CSV) or a matrix (LIBSVM, with how it was read)."""
 
     path: Path
     ids: list[str]
     columns: dict[str, list[str]]
     label: list[str] | None
+    matrix: sparse.csr_matrix | None = None
+    form: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 def read_csv(path: Path, id_column: str, label: str = "") -> Table:

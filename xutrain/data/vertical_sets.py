@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy import sparse
 
+from xutrain.data.party_table import columns_of, read_table, with_intercept
 from xutrain.data.tabular import (
     Matrix,
     PartyBlock,
@@ -20,7 +21,6 @@ from xutrain.data.tabular import (
     binary_labels,
     fit_preprocessing,
     label_values,
-    read_csv,
     read_libsvm,
     split_columns,
     split_rows,
@@ -119,14 +119,16 @@ class Diabetes:
         return VerticalData("diabetes", blocks, y[~test], y[test], "regression", "party0")
 
 
-@dataset("party_files", verbs=("vertical",), summary="one CSV per party with an id column, joined on common ids")
+@dataset("party_files", verbs=("vertical",), summary="one CSV or LIBSVM file per party with ids, joined on common ids")
 class PartyFiles:
-    """The parties' own CSV files, brought together on one machine (a simulation); one-hot and standardised by each party alone."""
+    """The parties' own files, CSV with an id column or LIBSVM (.svm) with a file of ids beside it, brought together on one machine (a
+    simulation); a CSV is one-hot coded and standardised by its own party, LIBSVM values are taken as they are."""
 
     class Options(Named):
-        files: dict[str, str] = Field(min_length=1, description="Party name: path of its CSV.")
-        id: str = Field(description="The id column, in every file.")
-        label: str = Field(description="The label column, in exactly one file.")
+        files: dict[str, str] = Field(min_length=1, description="Party name: path of its CSV, or of its LIBSVM file (.svm).")
+        id: str = Field("id", description="The id column, in every CSV.")
+        label: str = Field("label", description="The label column, in the CSV of each label holder.")
+        classes: int | None = Field(None, ge=2, description="Task classes, real parties: how many there are; labels are 0 to classes - 1.")
         task: Literal["binary", "regression", "classes"] = Field("binary", description="Kind of label.")
         missing: Literal["error", "mean"] = Field("error", description="What to do with empty cells.")
         intercept: bool = Field(True, description="Give the label holder a column of ones (regularised like any other).")
@@ -137,28 +139,40 @@ class PartyFiles:
 
     @staticmethod
     def build(options: PartyFiles.Options, seed: int = 0) -> VerticalData:
-        tables = {name: read_csv(Path(path), options.id, options.label) for name, path in options.files.items()}
+        tables = {name: read_table(Path(path), options) for name, path in options.files.items()}
         return joined("party_files", tables, options.label, options.task, options.missing, options.intercept, options.test_fraction)
 
 
 def joined(name: str, tables: dict[str, Table], label: str, task: str, missing: str, intercept: bool, test_fraction: float) -> VerticalData:
     """Tables of several parties on their common ids, each one-hot coded and standardised by its own party. Raises DataError."""
     holders = [party for party, table in tables.items() if table.label is not None]
-    if len(holders) != 1:
-        raise DataError(Issue("data.label", f"the column must be in exactly one party's file; it is in {len(holders)}", label))
+    if not holders:
+        raise DataError(Issue("data.label", "the column is in no party's file", label, f"parties: {', '.join(tables)}"))
     ids, order, report = align(tables)
     test = split_rows(ids, test_fraction)
-    y = label_values(tables[holders[0]], task, label)[order[holders[0]]]
+    held = {party: label_values(tables[party], task, label)[order[party]] for party in holders}
+    y = held[holders[0]]
+    for party in holders[1:]:
+        if (held[party] != y).any():
+            at = int(np.flatnonzero(held[party] != y)[0])
+            raise DataError(Issue("data.label", f"{holders[0]} and {party} have other labels for the same entity", ids[at]))
     blocks = []
     for party, table in tables.items():
-        columns = {c: [cells[i] for i in order[party]] for c, cells in table.columns.items()}
-        steps = fit_preprocessing(columns, missing, np.flatnonzero(~test), table.path, [int(i) for i in order[party]])
-        x, names = apply_preprocessing(columns, steps, str(table.path))
+        lines = [int(i) for i in order[party]]
+        x: Matrix
+        if table.matrix is not None:
+            steps, x, names = table.form, sparse.csr_matrix(table.matrix[lines]), columns_of(table)
+        else:
+            columns = {c: [cells[i] for i in lines] for c, cells in table.columns.items()}
+            steps = fit_preprocessing(columns, missing, np.flatnonzero(~test), table.path, lines)
+            x, names = apply_preprocessing(columns, steps, str(table.path))
         if intercept and party == holders[0]:
-            x, names = np.hstack([x, np.ones((len(x), 1))]), [*names, "intercept"]
-        blocks.append(PartyBlock(party, names, np.ascontiguousarray(x[~test]), np.ascontiguousarray(x[test]), steps))
+            x, names = with_intercept(x), [*names, "intercept"]
+        blocks += _blocks(x, names, test, [party], [range(len(names))])
+        blocks[-1].preprocessing = steps
     classes = int(y.max()) + 1 if task == "classes" else 0
     notes = [f"{party}: {r['rows']} rows, {r['matched']} matched, {r['dropped']} dropped" for party, r in report.items()]
+    notes += [table.note for table in tables.values() if table.note]
     return VerticalData(name, blocks, y[~test], y[test], task, holders[0], classes, notes=notes)
 
 

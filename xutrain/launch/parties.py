@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from xutrain import registry
-from xutrain.data.tabular import Table, VerticalData, read_csv
+from xutrain.data.party_table import is_libsvm, read_table
+from xutrain.data.tabular import Table, VerticalData
 from xutrain.errors import DataError, Issue, UsageError, XutrainError
 
 Say = Callable[[str], None]
@@ -30,23 +31,30 @@ def simulate(recipe: Any, out: Path, say: Say, *, deadline_s: float = 3600.0) ->
     A data set that is no set of party files is written out as files first. Ids that are not the same everywhere are joined here; real
     parties align by ``xutrain vertical align``.
     """
+    from xutrain.loops.vertical_job import network_issues
     from xutrain.methods.vertical.transports.identity import make
     from xutrain.recipe import yamlfile
+    from xutrain.recipe.load import from_dict
 
     started = time.monotonic()
+    if found := [i for i in network_issues(recipe) if i.where == "method.name"]:
+        raise UsageError(*found)
     tables, options = party_tables(recipe)
-    if isinstance(recipe.labels, str):
-        raise UsageError(Issue("labels", "real parties' labels are in one party's file", recipe.labels, "method=vfb2 labels=null"))
     names = list(tables)
-    holder = next(p for p, t in tables.items() if t.label is not None)
+    owner = next((p for p, t in tables.items() if t.label is not None), None)
+    if owner is None:
+        raise DataError(Issue("data.label", "no party's file has labels", options.get("label")))
+    holders = names if recipe.labels == "all" else [p for p in names if p in recipe.labels] if recipe.labels else [owner]
+    holder = holders[0]
     out.mkdir(parents=True, exist_ok=True)
     common = set.intersection(*(set(t.ids) for t in tables.values()))
     if not common:
         raise DataError(Issue("data", "the parties have no id in common", {p: len(t.ids) for p, t in tables.items()}))
+    share_labels(tables, owner, holders)
     files = {}
     for p, table in tables.items():
         (out / p).mkdir(exist_ok=True)
-        files[p] = str((out / p / "data.csv").resolve())
+        files[p] = str((out / p / ("data.csv" if table.matrix is None else "data.svm")).resolve())
         _write(Path(files[p]), table, options)
         (out / p / "rows.json").write_text(json.dumps({"ids": sorted(common)}), encoding="utf-8")
     make(out / "identity", names)
@@ -58,11 +66,14 @@ def simulate(recipe: Any, out: Path, say: Say, *, deadline_s: float = 3600.0) ->
     ports = _free_ports(len(names))
     raw = recipe.model_dump(mode="json")
     raw["data"] = {"name": "party_files", "files": files, **options}
-    raw["labels"] = [holder]
+    raw["labels"] = holders
     raw["network"] = {**raw["network"], "addresses": {p: f"127.0.0.1:{port}" for p, port in zip(names, ports, strict=True)}}
     raw["eval"]["reference"] = False
-    (out / "job.yaml").write_text(yamlfile.dump({k: v for k, v in raw.items() if v is not None}), encoding="utf-8")
-    say(f"starting {len(names)} parties: {', '.join(names)}; labels at {holder}; job file {out / 'job.yaml'}")
+    raw = {k: v for k, v in raw.items() if v is not None}
+    if found := network_issues(from_dict("vertical", raw)):
+        raise UsageError(*found)
+    (out / "job.yaml").write_text(yamlfile.dump(raw), encoding="utf-8")
+    say(f"starting {len(names)} parties: {', '.join(names)}; labels at {', '.join(holders)}; job file {out / 'job.yaml'}")
     running = {p: _start(out, p) for p in names}
     codes = _wait(running, deadline_s)
     seconds = time.monotonic() - started
@@ -89,7 +100,7 @@ def party_tables(recipe: Any) -> tuple[dict[str, Table], dict[str, Any]]:
     """One table per party with ids and raw columns, and the ``party_files`` options that go with them."""
     data = recipe.data
     if data.name == "party_files":
-        tables = {p: read_csv(Path(f), data.id, data.label) for p, f in data.files.items()}
+        tables = {p: read_table(Path(f), data) for p, f in data.files.items()}
         return tables, data.model_dump(exclude={"name", "files"})
     shared = {"id": ID, "label": LABEL, "test_fraction": data.test_fraction}
     if data.name == "german_credit":
@@ -97,19 +108,41 @@ def party_tables(recipe: Any) -> tuple[dict[str, Table], dict[str, Any]]:
 
         return german(), {**shared, "intercept": data.intercept}
     built: VerticalData = registry.load("dataset", data.name).build(data.model_copy(update={"test_fraction": 0.0}), recipe.seed)
-    if built.task == "classes":
-        raise UsageError(Issue("data.name", "real parties train logistic and ridge models", data.name))
     ids = [f"r{i:07d}" for i in range(built.n)]
     found = {}
     for party in built.parties:
         x = party.train.toarray() if hasattr(party.train, "toarray") else party.train
         columns = {c: [repr(float(v)) for v in x[:, j]] for j, c in enumerate(party.columns)}
-        label = [repr(float(v)) for v in built.y] if party.name == built.label_holder else None
+        label = [repr(v) for v in built.y.tolist()] if party.name == built.label_holder else None
         found[party.name] = Table(Path(party.name), ids, columns, label)
-    return found, {**shared, "intercept": False, "task": built.task}
+    return found, {**shared, "intercept": False, "task": built.task, "classes": built.classes or None}
+
+
+def share_labels(tables: dict[str, Table], owner: str, holders: list[str]) -> None:
+    """Give every label holder the labels of the party whose file has them: what several real holders have in files of their own."""
+    source = tables[owner]
+    known = dict(zip(source.ids, source.label or [], strict=True))
+    for p, table in tables.items():
+        if p not in holders:
+            table.label = None
+        elif table.label is None:
+            kept = [at for at, i in enumerate(table.ids) if i in known]
+            table.ids = [table.ids[at] for at in kept]
+            table.columns = {c: [cells[at] for at in kept] for c, cells in table.columns.items()}
+            table.matrix = None if table.matrix is None else table.matrix[kept]
+            table.label = [known[i] for i in table.ids]
 
 
 def _write(path: Path, table: Table, options: dict[str, Any]) -> None:
+    if table.matrix is not None:
+        x, base = table.matrix, not table.form["zero_based"]
+        lines = [
+            " ".join([y, *(f"{j + base}:{v!r}" for j, v in zip(row.indices.tolist(), row.data.tolist(), strict=True))])
+            for y, row in zip(table.label or ["0"] * x.shape[0], (x[i] for i in range(x.shape[0])), strict=True)
+        ]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path.with_name(path.name + ".ids").write_text("\n".join(table.ids) + "\n", encoding="utf-8")
+        return
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([options["id"], *table.columns, *([options["label"]] if table.label is not None else [])])
@@ -219,8 +252,10 @@ def examine(recipe: Any, party: str, path: Path, folder: Path, seconds: float) -
 
 
 def _describe_file(recipe: Any, path: Path) -> str:
-    table = read_csv(path, recipe.data.id, recipe.data.label)
-    return f"{path}: {len(table.ids)} rows, {len(table.columns)} columns" + (", labels" if table.label is not None else "")
+    table = read_table(path, recipe.data)
+    width = len(table.columns) if table.matrix is None else table.matrix.shape[1]
+    said = f" ({table.note})" if is_libsvm(path) else ""
+    return f"{path}: {len(table.ids)} rows, {width} columns" + (", labels" if table.label is not None else "") + said
 
 
 def _describe_certificate(identity: Any) -> str:

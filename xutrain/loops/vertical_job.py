@@ -17,33 +17,32 @@ def job_hash(recipe: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def leader_of(recipe: Any) -> str | None:
+    """The first label holder, in the order of the parties."""
+    return next((p for p in recipe.party_names if isinstance(recipe.labels, list) and p in recipe.labels), None)
+
+
 def network_issues(recipe: Any) -> list[Issue]:
     """What a simulation may do and real parties may not."""
     found = []
-    method, train = recipe.method_class, recipe.train
-    several = isinstance(recipe.labels, list) and len(recipe.labels) > 1
+    method = recipe.method_class
     if method.exchange != "request" or method.pooled:
         found.append(Issue("method.name", "is a baseline for simulations", recipe.method.name, "method=vfb2"))
-    if recipe.security.mode == "tree":
+    if recipe.security.mode == "tree" and recipe.network.lost == "go_on":
         found.append(
             Issue(
-                "security.mode",
-                "tree sums are for simulations; pairwise masks hide more with fewer messages",
-                "tree",
-                "security.mode=pairwise",
+                "network.lost", "trees are fixed: nobody can be left out of a sum", "go_on", "network.lost=wait, or security.mode=pairwise"
             )
         )
-    if several and (train.mode == "sync" or method.passes(recipe.method) == "barrier"):
+    if recipe.loss == "softmax" and not getattr(recipe.data, "classes", None):
         found.append(
             Issue(
-                "train.mode",
-                "over the network several label holders do not wait for each other",
-                train.mode,
-                "train.mode=async, method.snapshot=rolling",
+                "data.classes",
+                "only label holders see the labels, so the job must say how many classes",
+                has_value=False,
+                hint="data.classes=10",
             )
         )
-    if recipe.loss == "softmax":
-        found.append(Issue("loss", "real parties train logistic and ridge models", "softmax", "loss=logistic"))
     if not isinstance(recipe.labels, list):
         found.append(Issue("labels", "real parties must be told who holds the labels", recipe.labels, "labels: [bank]"))
     if not hasattr(recipe.data, "id"):
@@ -53,15 +52,6 @@ def network_issues(recipe: Any) -> list[Issue]:
                 "real parties read files of their own",
                 recipe.data.name,
                 "data: {name: party_files, files: {...}, id: ..., label: ...}",
-            )
-        )
-    if train.budget == "total" or train.rates == "compensated":
-        found.append(
-            Issue(
-                "train.budget",
-                "shared budgets and compensated rates are for simulations",
-                train.budget,
-                "train.budget=local train.rates=equal",
             )
         )
     missing = [p for p in recipe.party_names if p not in recipe.network.addresses]

@@ -23,12 +23,13 @@ from xutrain.data.tabular import PartyBlock, VerticalData
 from xutrain.errors import Diverged, Failed, Issue, RecipeError, Stopped
 from xutrain.loops.vertical_job import job_hash, network_issues
 from xutrain.methods.vertical.measure import quality
-from xutrain.methods.vertical.plan import Plan, methods_of
+from xutrain.methods.vertical.plan import Plan, longest_step, methods_of
 from xutrain.methods.vertical.seat import Seat
+from xutrain.methods.vertical.security import trees
 from xutrain.methods.vertical.transports.identity import Identity
 from xutrain.methods.vertical.transports.link import Link
 from xutrain.methods.vertical.transports.party import PartyPort
-from xutrain.methods.vertical.transports.wire import Refused
+from xutrain.methods.vertical.transports.wire import Envelope, Refused
 
 Say = Callable[[str], None]
 TICK_S, PING_S = 0.2, 1.0
@@ -45,10 +46,11 @@ class Process:
         index = names.index(party)
         empty = np.zeros(0)
         blocks = [data.block if n == party else PartyBlock(n, [], data.block.train[:, :0], data.block.test[:, :0]) for n in names]
-        task = {"logistic": "binary", "ridge": "regression", "softmax": "classes"}[recipe.loss]
+        self.task = {"logistic": "binary", "ridge": "regression", "softmax": "classes"}[recipe.loss]
+        classes = (recipe.data.classes or 0) if self.task == "classes" else 0
         n = data.block.train.shape[0]
         y = data.y if data.y is not None else np.zeros(n if purpose == "train" else recipe.train.batch_size)
-        shared = VerticalData("party", blocks, y, empty, task)
+        shared = VerticalData("party", blocks, y, empty, self.task, classes=classes)
         self.plan = plan = Plan.of(recipe, shared)
         method = methods_of(recipe, shared, plan, [index], [recipe.train.lr] * len(names))[index]
         if index in plan.active and data.y is None and purpose == "train":
@@ -57,14 +59,18 @@ class Process:
         slow = 1.0 + recipe.time.delay * (recipe.time.slow_party == party)
         facts = {"rows": len(data.ids), "order": data.order_hash(recipe.network.run), "columns": data.block.train.shape[1]}
         step_s = recipe.network.step_ms / 1000.0 * slow
+        security = recipe.security
         self.port = PartyPort(
-            plan, self.seat, data.block.test, recipe.security.mode, facts, step_s=step_s, go_on=recipe.network.lost == "go_on"
-        )
+            plan, self.seat, data.block.test, security.mode, facts, step_s=step_s, go_on=recipe.network.lost == "go_on",
+            pair=trees.pair(security.trees, plan.q, security.t1, security.t2) if security.mode == "tree" else None,
+            longest=longest_step(data.block.train, recipe) if recipe.train.rates == "compensated" and n else 0.0,
+        )  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
         network = recipe.network
         self.port.link = self.link = Link(
             identity, {n: network.addresses[n] for n in names}, network.run, f"{purpose} {job_hash(recipe)}", self.port.handle,
             refused=self._refused, max_bytes=network.max_message_mb << 20, timeout_s=network.timeout_s,
+            nested=2 * len(plan.active) * (recipe.train.in_flight + 2) if security.mode == "tree" else 0,
         )  # fmt: skip
         self.started = self.moved = time.monotonic()
         self.lost_since: dict[str, float] = {}
@@ -85,8 +91,11 @@ class Process:
             self.say(f"{self.party}: all parties are there" + (f"; goes on from step {self.steps}" if resumed else ""))
             if self.seat.holds_labels:
                 self._begin(resumed)
-                self._events(lambda: self.seat.taken >= self.plan.steps and not self.port.tells and not self.port.unsent)
-                self._evaluate(final=True)
+                self._events(lambda: self.port.complete and not self.port.tells and not self.port.unsent)
+                if self.seat.party == self.plan.leader:  # the result is that of all blocks, when all have been written for the last time
+                    others = {self.plan.names[p] for p in self.plan.active} - {self.party}
+                    self._events(lambda: others <= self.port.finished)
+                    self._evaluate(final=True)
                 for p in self.port.peers:
                     self._tell_done(p)
             self.port.finished.add(self.party)
@@ -124,8 +133,9 @@ class Process:
                 what, k, value = "tick", 0, None
             if what not in ("tick", "greeted"):
                 self.moved = time.monotonic()
+            before = self.seat.taken
             self._happen(what, k, value)
-            if what == "worked" and every and self.seat.taken % every == 0 and self.seat.taken < self.plan.steps:
+            if self.seat.taken > before and every and self.seat.taken % every == 0 and not self.port.complete:
                 self._evaluate(final=False)
             done = self.seat.taken + self.port.applied
             if done >= self.saved_at + save_every:
@@ -143,6 +153,9 @@ class Process:
         elif what == "answered":
             with port.block:
                 seat.answered(port, k, value)
+        elif what == "worked" and self.plan.mode == "sync" and not port.all_read(k):
+            time.sleep(0.001)  # lock step: nobody writes before everybody has read
+            port.events.put((what, k, value))
         elif what == "worked":
             with port.block:
                 seat.worked(port, k)
@@ -150,6 +163,8 @@ class Process:
             seat.acked(port)
         elif what == "met":
             seat.met(port, value)
+        elif what == "turn":
+            port.reached(value[0], value[1], k)
         elif what == "summed":
             seat.summed(port, k, value)
         elif what == "refreshed":
@@ -190,7 +205,12 @@ class Process:
                 self.port.greet(p)
             else:
                 self.port.meet_peer(p, reply)
-                missing.discard(p)
+                if reply.facts.get("known") == len(self.port.peers):
+                    missing.discard(p)
+                else:  # it has not met everybody yet, and would refuse requests that name all sessions
+                    reasons[p] = "there, but not all others have reached it"
+                    time.sleep(TICK_S / 8)
+                    self.port.greet(p)
 
     def _greeted(self, p: str, reply: Any, reason: str) -> None:
         if reply is None:
@@ -208,7 +228,7 @@ class Process:
         """Give collaborators that lost their memory a reference to start from: each estimate is unbiased with any."""
         plan, method = self.plan, self.seat.method
         if plan.backward and plan.table and self.seat.party == plan.leader:
-            zeros = np.zeros(plan.n)
+            zeros = np.zeros((plan.n, plan.classes) if plan.classes else plan.n)
             known = method.state().get("reference")
             self.port.refer(-1, zeros, known if known is not None else self.seat.reference_signal(zeros))
 
@@ -237,7 +257,7 @@ class Process:
             if p in self.lost_since and now - self.lost_since[p] > patience and not enough:
                 raise self._stop(f"{p} was away for more than {patience:g} s ({peer.lost})")
         limit = patience + 2 * self.recipe.network.timeout_s
-        if self.seat.holds_labels and self.seat.taken < self.plan.steps and now - self.moved > limit:
+        if self.seat.holds_labels and not self.port.complete and now - self.moved > limit:
             raise self._stop(f"nothing happened for {limit:g} s, though nobody is missing")
         if self.port.stopped:
             raise self._stop(self.port.stopped, tell=False)
@@ -247,8 +267,6 @@ class Process:
             raise Diverged(Issue(self.party, "the weights are not finite", hint="lower train.lr", has_value=False))
 
     def _stop(self, reason: str, tell: bool = True) -> Stopped:
-        from xutrain.methods.vertical.transports.wire import Envelope
-
         if tell:
             for p, peer in self.port.peers.items():
                 if not peer.lost:
@@ -268,8 +286,6 @@ class Process:
         )
 
     def _tell_done(self, p: str) -> None:
-        from xutrain.methods.vertical.transports.wire import Envelope
-
         for _ in range(3):
             try:
                 self.link.ask(p, Envelope("done"))
@@ -302,10 +318,9 @@ class Process:
     def _evaluated(self, split: str, summed: np.ndarray) -> None:
         assert self.data.y is not None and self.data.y_test is not None
         y = self.data.y if split == "train" else self.data.y_test
-        totals, norm = summed[:-1], float(summed[-1])
-        task = {"logistic": "binary", "ridge": "regression", "softmax": "classes"}[self.recipe.loss]
+        totals, norm = self._totals(summed), float(summed[-1])
         loss = self.seat.method.objective(totals, y)
-        found = {f"{split}_{k}": v for k, v in quality(task, totals, y).items()}
+        found = {f"{split}_{k}": v for k, v in quality(self.task, totals, y).items()}
         if split == "train":
             found["objective"] = loss + 0.5 * self.recipe.train.weight_decay * norm
         else:
@@ -316,6 +331,10 @@ class Process:
         with (self.out / "history.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.say(f"{self.party}: step {self.seat.taken}/{self.plan.steps}  " + "  ".join(f"{k} {v:.6g}" for k, v in found.items()))
+
+    def _totals(self, summed: np.ndarray) -> np.ndarray:
+        """The joint scores of an evaluation, (rows,) or (rows, classes); the last number is the squared norm of all weights."""
+        return summed[:-1].reshape(-1, self.plan.classes) if self.plan.classes else summed[:-1]
 
     def _save(self, done: bool = False) -> None:
         """State of this party, whole or absent."""

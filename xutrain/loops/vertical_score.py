@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,20 @@ import numpy as np
 from xutrain.data.party_file import PartyData
 from xutrain.errors import Failed, Issue
 from xutrain.loops.vertical_party import Process, Say
-from xutrain.methods.vertical.losses import sigmoid
+from xutrain.methods.vertical.losses import sigmoid, softmax
 from xutrain.methods.vertical.transports.identity import Identity
 from xutrain.methods.vertical.transports.wire import Refused
 
 
 def write_scores(path: Path, ids: list[str], totals: np.ndarray, loss: str) -> None:
-    """CSV of id and score, and for the logistic loss the probability of the positive class."""
+    """CSV of id and score, for the logistic loss the probability of the positive class, for softmax the class and all probabilities."""
+    if totals.ndim == 2:
+        shares = softmax(totals)
+        head = ["id", "class", *(f"probability_{c}" for c in range(totals.shape[1]))]
+        rows = [[i, str(int(z.argmax())), *(repr(float(v)) for v in p)] for i, z, p in zip(ids, totals, shares, strict=True)]
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([head, *rows])
+        return
     lines = ["id,score,probability" if loss == "logistic" else "id,score"]
     for i, z in zip(ids, totals, strict=True):
         quoted = '"' + i.replace('"', '""') + '"' if any(c in i for c in ',"\n') else i
@@ -51,7 +59,7 @@ class Scoring(Process):
         return {"rows": float(len(self.data.test_ids))}
 
     def _evaluated(self, split: str, summed: np.ndarray) -> None:
-        write_scores(self.out / "scores.csv", self.data.test_ids, summed[:-1], self.recipe.loss)
+        write_scores(self.out / "scores.csv", self.data.test_ids, self._totals(summed), self.recipe.loss)
         self.arrived.add(split)
 
     def _save(self, done: bool = False) -> None:

@@ -218,14 +218,14 @@ def step_sizes(recipe: Any, data: VerticalData, plan: Plan, compute: list[float]
     if recipe.train.rates == "equal":
         return [lr] * plan.q
     periods = [2 * recipe.time.latency + c for c in compute]
-    curvature = LOSSES[recipe.loss]().curvature()
-    found = []
-    for period, party in zip(periods, data.parties, strict=True):
-        x = party.train
-        norms = np.asarray(x.multiply(x).sum(axis=1)) if hasattr(x, "multiply") else np.square(x).sum(axis=1)
-        bound = 1.0 / (curvature * float(np.quantile(norms, 0.99)) + recipe.train.weight_decay)
-        found.append(max(lr, min(lr * period / min(periods), bound)))
-    return found
+    longest = [longest_step(party.train, recipe) for party in data.parties]
+    return [max(lr, min(lr * period / min(periods), bound)) for period, bound in zip(periods, longest, strict=True)]
+
+
+def longest_step(x: Any, recipe: Any) -> float:
+    """1 / (c r + l2), r the 99 % quantile of the squared row norms of a block: see ``step_sizes``."""
+    norms = np.asarray(x.multiply(x).sum(axis=1)) if hasattr(x, "multiply") else np.square(x).sum(axis=1)
+    return 1.0 / (LOSSES[recipe.loss]().curvature() * float(np.quantile(norms, 0.99)) + recipe.train.weight_decay)
 
 
 def load_data(recipe: Any) -> VerticalData:

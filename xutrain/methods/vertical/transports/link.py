@@ -29,6 +29,7 @@ class Link:
 
     Args:
         addresses: party: host:port. refused: told of each refused message: sender (as far as known) and reason.
+        nested: calls answered side by side that wait for others' answers (tree sums).
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Link:
         max_bytes: int = 64 << 20,
         timeout_s: float = 10.0,
         listen: str | None = None,
+        nested: int = 0,
     ) -> None:
         self.identity, self.run, self.recipe, self.handler, self.refused = identity, run, recipe, handler, refused
         self.party, self.timeout_s = identity.party, timeout_s
@@ -59,7 +61,7 @@ class Link:
         pair = [(identity.key, identity.certificate)]
         trust = grpc.ssl_server_credentials(pair, root_certificates=identity.authority, require_client_auth=True)
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(max_workers=4 + 2 * len(addresses)), options=[*sizes, *alive, ("grpc.so_reuseport", 0)]
+            futures.ThreadPoolExecutor(max_workers=4 + 2 * len(addresses) + nested), options=[*sizes, *alive, ("grpc.so_reuseport", 0)]
         )
         method = grpc.unary_unary_rpc_method_handler(self._receive)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("xutrain.vertical.Party", {"Send": method}),))

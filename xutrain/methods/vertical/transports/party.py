@@ -1,6 +1,7 @@
 """A real party's port: its seat's wishes become calls to the other parties, and their calls become answers from its own block.
 
 What leaves: masked products (to label holders that ask), signals and reference values (from label holders), and facts for agreement.
+Answers and what is refused: answers.py.
 What is refused: everything from a party that may not ask, rows that do not exist, sessions that are not current, requests seen before.
 """
 
@@ -21,20 +22,13 @@ from xutrain.methods.vertical.losses import Array
 from xutrain.methods.vertical.plan import Plan
 from xutrain.methods.vertical.seat import Seat
 from xutrain.methods.vertical.security import Message, fixed
-from xutrain.methods.vertical.security.pairwise import Pairwise, agreed_key, chacha
+from xutrain.methods.vertical.security.pairwise import Pairwise
+from xutrain.methods.vertical.security.trees import TreePair
+from xutrain.methods.vertical.transports.answers import Answers, Peer
 from xutrain.methods.vertical.transports.link import Link
+from xutrain.methods.vertical.transports.rounds import Rates, Rounds
+from xutrain.methods.vertical.transports.tree_sum import MASKS, SUM, TreeSums
 from xutrain.methods.vertical.transports.wire import Counters, Envelope, Refused
-
-
-@dataclass
-class Peer:
-    """What is known of another party."""
-
-    session: bytes = b""
-    heard: float = 0.0
-    lost: str = ""
-    needs_reference: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,33 +39,29 @@ class Sum:
     number: int
     e: Envelope
     own: Array
-    replies: dict[str, NDArray] = field(default_factory=dict)
+    asked: list[tuple[int, str]] = field(default_factory=list)  # whom, and over which tree
+    replies: dict[tuple[int, str], NDArray] = field(default_factory=dict)
 
 
-class PartyPort:
+class PartyPort(Answers):
     """The port of one real party.
 
     Args:
-        seat: this party's seat. test: this party's test rows. security: "pairwise" or "plain".
+        seat: this party's seat. test: this party's test rows. security: "pairwise", "tree" or "plain". pair: the trees.
         facts: what the others must agree with (row count, hash of the row order) and may know.
         step_s: artificial computing time of one step, for experiments with stragglers.
         go_on: sum without a lost party while the others suffice to hide each other; its block's share is then missing.
+        longest: the longest stable step of this party's block, for compensated rates; 0 leaves the step size alone.
     """
 
     def __init__(
-        self, plan: Plan, seat: Seat, test: Any, security: str, facts: dict[str, Any], *, step_s: float = 0.0, go_on: bool = False
-    ) -> None:
+        self, plan: Plan, seat: Seat, test: Any, security: str, facts: dict[str, Any], *,
+        step_s: float = 0.0, go_on: bool = False, pair: TreePair | None = None, longest: float = 0.0,
+    ) -> None:  # fmt: skip
         from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-        self.plan, self.seat, self.test, self.security, self.facts, self.step_s, self.go_on = (
-            plan,
-            seat,
-            test,
-            security,
-            facts,
-            step_s,
-            go_on,
-        )
+        self.plan, self.seat, self.test, self.security, self.facts = plan, seat, test, security, facts
+        self.step_s, self.go_on = step_s, go_on
         self.name, self.index = plan.names[seat.party], seat.party
         self._private = X25519PrivateKey.generate()
         self.public = self._private.public_key().public_bytes_raw()
@@ -84,7 +74,7 @@ class PartyPort:
         self._books = threading.Lock()
         self._turn = threading.Lock()  # signals are worked off one by one
         self._requests = time.time_ns()  # a request number is never used twice, not even by a later start of this party
-        self._seen = Counters()
+        self.seen = Counters()
         self.sums: dict[int, Sum] = {}
         self.unsent: list[tuple[str, Envelope]] = []
         self.tells: dict[int, int] = {}
@@ -92,16 +82,32 @@ class PartyPort:
         self.applied = self.snapshots = 0
         self.finished: set[str] = set()
         self.stopped = ""
+        holders = [plan.names[p] for p in plan.active]
+        self.rounds = Rounds(p for p in holders if p != self.name)
+        self.rates = Rates(seat.method.lr, longest) if longest else None
+        self.steps_of = {p: 0 for p in holders if p != self.name}
+        self.read_by = dict(self.steps_of)  # steps for which each label holder has read this block, and this party itself
+        self.own_read = 0 if seat.holds_labels else Rounds.DONE
+        self.trees = TreeSums(self, pair) if pair is not None else None
+        self._totals: tuple[int, Array] = (-1, np.zeros(0))
 
     # what the seat asks for -----------------------------------------------------------------------------------------------
 
     def claim(self, party: int) -> bool:
-        return True
+        """With a shared budget: what others have asked is known from their requests, so it is overdrawn by what is on the wire at most."""
+        return self.plan.budget == "local" or self.seat.asked + sum(self.steps_of.values()) < self.plan.total_steps
+
+    @property
+    def complete(self) -> bool:
+        """Whether this label holder has taken all its steps."""
+        seat = self.seat
+        return seat.taken >= self.plan.steps if self.plan.budget == "local" else seat.taken == seat.asked and not self.claim(self.index)
 
     def ask(self, party: int, k: int) -> None:
         rows = self.plan.rows(party, k)
         with self.block:
             own = self.seat.method.contribution(rows)
+            self.own_read = max(self.own_read, k + 1)
         self._sum(Sum("answered", k, Envelope("ask", number=k, rows=rows.astype(np.uint32)), own))
 
     def work(self, party: int, k: int) -> None:
@@ -115,10 +121,26 @@ class PartyPort:
             self._send(p, Envelope("tell", number=k, rows=self.plan.rows(party, k).astype(np.uint32), values=signal), "signal")
 
     def meet(self, party: int, what: str) -> None:
-        self.events.put(("met", 0, what))  # over the network there is one label holder where rounds are kept
+        mark = 1 + (self.seat.rounds if what == "step" else self.seat.referred)
+        self.rounds.own[what] = max(self.rounds.own[what], mark)
+        for p in self.steps_of:
+            self._send(p, Envelope("meet", number=mark, facts={"what": what}), "")
+        self.reached(self.name, what, mark)
+
+    def reached(self, p: str, what: str, mark: int) -> None:
+        """A label holder has come to the end of ``mark`` rounds; when all have, the round is over."""
+        self.rounds.reach(p, what, mark)
+        number, totals = self._totals
+        if what == "pass" and p != self.name and 0 <= mark - 1 == number < self.seat.referred and self.index == self.plan.leader:
+            self._send(p, Envelope("refer", number=number + 1, values=totals), "reference")  # it went on from before this pass
+        if self.rounds.met(what, self.seat.rounds if what == "step" else self.seat.referred):
+            self.events.put(("met", 0, what))
 
     def wrote(self, party: int) -> None:
         plan, taken = self.plan, self.seat.taken
+        if self.rates is not None:
+            self.rates.note(self.name)
+            self.seat.method.lr = self.rates.lr(self.name)
         if plan.passes == "rolling" and party == plan.leader and taken % plan.inner == 0 and taken < plan.steps:
             self.sum_all(taken // plan.inner - 1)
 
@@ -128,6 +150,7 @@ class PartyPort:
         self._sum(Sum("summed", number, Envelope("ask_all", number=number), own))
 
     def refer(self, number: int, totals: Array, signal: Array) -> None:
+        self._totals = (number, totals)
         for p in self.peers:
             holder = self.plan.names.index(p) in self.plan.active
             if (holder and number >= 0) or (not holder and self.plan.backward):
@@ -147,23 +170,30 @@ class PartyPort:
         there = [p for p, peer in self.peers.items() if not peer.lost]
         responders = there if self.suffice(len(there)) else list(self.peers)
         wanted.replies.clear()
+        wanted.asked = self.trees.first(self.index) if self.trees else [(self.plan.names.index(p), SUM) for p in responders]
         wanted.e.request, wanted.e.parties, wanted.e.sessions = self._requests, responders, [self.peers[p].session for p in responders]
         self.sums[self._requests] = wanted
         if any(self.peers[p].lost for p in responders):
             return  # issued again when they are back
         rows = 0 if wanted.e.rows is None else 32 * len(wanted.e.rows)
-        for p in responders:
-            if rows:
-                self._count(p, "index", rows, False)
-            self._call(p, wanted.e, self._requests)
+        for at, tree in wanted.asked:
+            if rows and tree == SUM:
+                self.count(self.plan.names[at], "index", rows, False)
+            self._call(at, tree, wanted, self._requests)
 
-    def _call(self, p: str, e: Envelope, request: int) -> None:
-        copy = Envelope(e.kind, number=e.number, request=e.request, parties=e.parties, sessions=e.sessions, rows=e.rows, facts=e.facts)
+    def _call(self, at: int, tree: str, wanted: Sum, request: int) -> None:
+        e, facts = wanted.e, dict(wanted.e.facts)
+        if self.trees:
+            facts |= {"tree": tree, "requester": self.name} | ({"count": int(wanted.own.size)} if tree == MASKS else {})
+        copy = Envelope(
+            "mask" if tree == MASKS else e.kind, number=e.number, request=e.request, parties=e.parties, sessions=e.sessions,
+            rows=e.rows if tree == SUM else None, facts=facts,
+        )  # fmt: skip
 
         def done(reply: Envelope | None, reason: str) -> None:
-            self.events.put(("reply", request, (p, reply, reason)))
+            self.events.put(("reply", request, (at, tree, reply, reason)))
 
-        self.link.call(p, copy, done)
+        self.link.call(self.plan.names[at], copy, done)
 
     def _send(self, p: str, e: Envelope, part: str) -> None:
         """A message that is only acknowledged; kept and sent again where the party is away."""
@@ -177,34 +207,37 @@ class PartyPort:
             else:
                 self.unsent.append((p, e))
             return
-        self._count(p, part, e.payload_bits(), False)
+        if bits := e.payload_bits():
+            self.count(p, part, bits, False)
         self.link.call(p, Envelope(e.kind, number=e.number, rows=e.rows, values=e.values, facts=e.facts), done)
 
-    def _count(self, to: str, part: str, bits: int, masked: bool) -> None:
+    def count(self, to: str, part: str, bits: int, masked: bool) -> None:
         with self._books:
             self.ledger.add([Message(self.index, self.plan.names.index(to), part, bits, masked)])
 
-    def replied(self, request: int, p: str, reply: Envelope | None, reason: str) -> None:
+    def replied(self, request: int, at: int, tree: str, reply: Envelope | None, reason: str) -> None:
         """One answer to a sum under way; the last one completes it."""
-        wanted = self.sums.get(request)
+        wanted, p = self.sums.get(request), self.plan.names[at]
         if wanted is None:
             return
         if reply is None or reply.values is None:
-            self.away(p, reason)
+            lost = str(reply.facts.get("lost")) if reply is not None else ""
+            self.away(lost if lost in self.peers else p, reason or f"not reached by {reply.facts.get('by') if reply else p}")
             return
         self.heard(p)
-        wanted.replies[p] = reply.values.ravel()
-        if len(wanted.replies) < len(wanted.e.parties):
+        wanted.replies[at, tree] = reply.values.ravel()
+        if len(wanted.replies) < len(wanted.asked):
             return
         del self.sums[request]
-        parts = [wanted.replies[q] for q in wanted.e.parties]
+        parts = [wanted.replies[key] for key in wanted.asked]
         if any(part.size != wanted.own.size for part in parts):
             raise Refused(f"answers of different length to request {wanted.what} {wanted.number}")
-        total = parts[0].copy()
-        for part in parts[1:]:
-            total += part
-        others = fixed.decode(total) if self.security == "pairwise" else total
-        totals = wanted.own + others.reshape(wanted.own.shape)
+        if self.trees:
+            totals = self.trees.total(self.index, request, wanted.own.ravel(), wanted.replies).reshape(wanted.own.shape)
+        else:
+            total = sum(parts[1:], parts[0].copy())
+            others = fixed.decode(total) if self.security == "pairwise" else total
+            totals = wanted.own + others.reshape(wanted.own.shape)
         if wanted.e.kind == "evaluate":
             self.events.put(("evaluated", wanted.number, (wanted.what, totals)))
         else:
@@ -236,16 +269,13 @@ class PartyPort:
 
     def suffice(self, responders: int) -> bool:
         """Whether sums may go on with so many responders: two of them hide each other."""
-        return self.go_on and responders >= (2 if self.security == "pairwise" else 1)
+        return self.go_on and self.trees is None and responders >= (2 if self.security == "pairwise" else 1)
 
     def _again(self) -> None:
         """Ask anew for every sum under way, each under a new request number."""
         owed, self.sums = list(self.sums.values()), {}
         for wanted in owed:
             self._sum(wanted)
-
-    def heard(self, p: str) -> None:
-        self.peers[p].heard = time.monotonic()
 
     def back(self, p: str) -> None:
         """A lost party answers again: send what was kept, ask again what is owed."""
@@ -263,118 +293,10 @@ class PartyPort:
         def done(reply: Envelope | None, reason: str) -> None:
             self.events.put(("greeted", 0, (p, reply, reason)))
 
-        self.link.call(p, self._hello(), done, timeout_s=min(2.0, self.link.timeout_s))
+        self.link.call(p, self.hello(), done, timeout_s=min(2.0, self.link.timeout_s))
 
-    def _hello(self) -> Envelope:
-        return Envelope("hello", sessions=[self.session, self.public], facts={**self.facts, "needs_reference": self.applied == 0})
-
-    # messages in ------------------------------------------------------------------------------------------------------------
-
-    def meet_peer(self, p: str, e: Envelope) -> None:
-        """Take a party's session. Raises Refused where its facts do not agree with ours."""
-        if len(e.sessions) != 2 or len(e.sessions[0]) != 8 or len(e.sessions[1]) != 32:
-            raise Refused("a greeting without session and key")
-        for name in ("rows", "order"):
-            if e.facts.get(name) != self.facts[name]:
-                what = "number of rows" if name == "rows" else "order of the ids"
-                raise Refused(f"{p} has another {what}: align first (xutrain vertical align)")
-        peer = self.peers[p]
-        peer.facts, peer.needs_reference = e.facts, bool(e.facts.get("needs_reference"))
-        if peer.session != e.sessions[0]:
-            with self.block:
-                key = agreed_key(self._private.private_bytes_raw(), e.sessions[1], self.link.run)
-                self.masks.streams[self.plan.names.index(p)] = chacha(key)
-                peer.session = e.sessions[0]
-        self.heard(p)
-
-    def handle(self, e: Envelope) -> Envelope:
-        """The answer to a checked envelope. Raises Refused; then nothing has changed."""
-        self.heard(e.sender)
-        sender = self.plan.names.index(e.sender)
-        if e.kind == "hello":
-            self.meet_peer(e.sender, e)
-            return self._hello()
-        if e.kind == "ping":
-            return Envelope("ping")
-        if e.kind == "done":
-            self.finished.add(e.sender)
-            return Envelope("ping")
-        if e.kind == "stop":
-            self.stopped = f"{e.sender}: {str(e.facts.get('reason', ''))[:300]}"
-            return Envelope("ping")
-        if not self.peers[e.sender].session:
-            raise Refused("not greeted yet")
-        if sender not in self.plan.active:
-            raise Refused(f"{e.sender} holds no labels and may not ask")
-        if e.kind in ("ask", "ask_all", "evaluate"):
-            return self._answer(e, sender)
-        if e.kind == "tell":
-            return self._told(e, sender)
-        if e.kind == "refer":
-            return self._referred(e, sender)
-        raise Refused(f"{e.kind} has no place in training")
-
-    def _answer(self, e: Envelope, sender: int) -> Envelope:
-        self._check_sessions(e)
-        rows = self._rows(e) if e.kind == "ask" else None
-        split = str(e.facts.get("split")) if e.kind == "evaluate" else ""
-        if e.kind == "evaluate" and split not in ("train", "test"):
-            raise Refused("evaluation of an unknown split")
-        self._seen.accept(e.sender, e.request)
-        with self.block:
-            value = self._outlook(split) if split else self.seat.method.contribution(rows)
-            flat: NDArray = value.ravel()
-            if self.security == "pairwise":
-                responders = [self.plan.names.index(p) for p in e.parties]
-                flat = fixed.encode(flat, self.plan.q) + self.masks.mask(sender, e.request, responders, flat.size)
-        kind = {"ask": "product", "ask_all": "pass", "evaluate": "evaluation"}[e.kind]
-        self._count(e.sender, kind, 64 * flat.size, self.security == "pairwise" and len(e.parties) > 1)
-        return Envelope(e.kind, number=e.number, request=e.request, values=flat)
-
-    def _outlook(self, split: str) -> Array:
-        with self.block:
-            method = self.seat.method
-            value = method.contribution() if split == "train" else method.predict(self.test)
-            return np.append(value.ravel(), np.square(method.weights).sum())
-
-    def _check_sessions(self, e: Envelope) -> None:
-        if self.name not in e.parties or len(set(e.parties)) != len(e.parties) or len(e.parties) != len(e.sessions):
-            raise Refused("a request must name each responder once, with its session")
-        if len(e.parties) < self.plan.q - 1 and not self.suffice(len(e.parties)):
-            raise Refused(f"only {len(e.parties)} responders: this run sums over more parties")
-        for p, session in zip(e.parties, e.sessions, strict=True):
-            known = self.session if p == self.name else self.peers[p].session if p in self.peers else b""
-            if p == e.sender or session != known:
-                raise Refused(f"stale session of {p[:40]}: greet again")
-
-    def _rows(self, e: Envelope) -> NDArray[np.int64]:
-        rows = e.rows
-        if rows is None or not len(rows) or len(rows) > self.plan.n or int(rows.max()) >= self.plan.n:
-            raise Refused("rows that do not exist")
-        return rows.astype(np.int64)
-
-    def _shape(self, rows: int) -> tuple[int, ...]:
-        return (rows, self.plan.classes) if self.plan.classes else (rows,)
-
-    def _told(self, e: Envelope, sender: int) -> Envelope:
-        rows = self._rows(e)
-        if not self.plan.backward or e.values is None or e.values.dtype != np.float64 or e.values.shape != self._shape(len(rows)):
-            raise Refused("a signal of the wrong shape, or in a run without backward updating")
-        with self._turn:
-            if self.step_s:
-                time.sleep(self.step_s)
-            with self.block:
-                self.seat.method.apply(rows, e.values)
-                self.applied += 1
-        return Envelope("ping")
-
-    def _referred(self, e: Envelope, sender: int) -> Envelope:
-        if sender != self.plan.leader or e.values is None or e.values.dtype != np.float64 or e.values.shape != self._shape(self.plan.n):
-            raise Refused("a reference of the wrong shape, or not from the leader")
-        if self.seat.holds_labels:
-            self.events.put(("refreshed", e.number - 1, e.values))
-        else:
-            with self._turn, self.block:
-                self.seat.refreshed(self, e.values)
-                self.applied += 1
-        return Envelope("ping")
+    def hello(self) -> Envelope:
+        own = {"step": max(self.rounds.own["step"], self.seat.rounds), "pass": max(self.rounds.own["pass"], self.seat.referred)}
+        facts = {**self.facts, "needs_reference": self.applied == 0, "asked": self.seat.asked, "rounds": own}
+        facts["known"] = sum(bool(peer.session) for peer in self.peers.values())
+        return Envelope("hello", sessions=[self.session, self.public], facts=facts)

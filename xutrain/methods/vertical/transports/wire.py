@@ -22,7 +22,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 from numpy.typing import NDArray
 
 VERSION = 1
-KINDS = ("hello", "ping", "ask", "ask_all", "evaluate", "tell", "refer", "done", "stop", "blind", "blinded", "score")
+KINDS = ("hello", "ping", "ask", "ask_all", "evaluate", "tell", "refer", "done", "stop", "meet", "mask", "blind", "blinded", "score")
 DTYPES = {"u4": "<u4", "u8": "<u8", "f8": "<f8"}
 _WINDOW = 4096  # how far messages of one sender may overtake each other
 
