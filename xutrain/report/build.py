@@ -118,10 +118,15 @@ def _section(
         ),
         "plots": [p for plot in suite.plots for p in _plots(plot, table, found, rows, columns)],
         "notes": [*suite.notes, *notes, *sorted({n for c in cells for n in c["notes"]})],
-        "command": f"xutrain sweep {table.name}"
-        + (f" --scale {table.scale}" if table.scale != "cpu" else "")
-        + (" --smoke" if table.smoke else ""),
+        "command": _command(table),
     }
+
+
+def _command(table: Table) -> str:
+    """What makes the runs of a table, or, for run folders outside any suite, what made the report."""
+    if not table.cells:
+        return "xutrain report RUN_FOLDERS"
+    return f"xutrain sweep {table.name}" + (f" --scale {table.scale}" if table.scale != "cpu" else "") + (" --smoke" if table.smoke else "")
 
 
 def _cell(
