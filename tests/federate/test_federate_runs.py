@@ -34,8 +34,11 @@ def recipe(method: str = "domo", **changes: Any) -> Any:
 
 
 def train(folder: str, method: str, changes: dict[str, Any]) -> dict[str, Any]:
+    return train_recipe(folder, recipe(method, **changes))
+
+
+def train_recipe(folder: str, value: Any) -> dict[str, Any]:
     """One run; the server's model, the meter and the metrics."""
-    value = recipe(method, **changes)
     ctx = Context.open(value.seed)
     Path(folder).mkdir(parents=True, exist_ok=True)
     record = Record(Path(folder), ctx.meter, is_main=ctx.is_main)
