@@ -22,6 +22,8 @@ RUNS: dict[str, tuple[list[str], int, tuple[int, int]]] = {
     "quantize/orq": (["train.steps=12", "model.hidden=[16]", "log.every=1"], 2, (3, 7)),
     "sparsify/def": (["train.steps=12", "model.hidden=[16]", "log.every=1"], 4, (3, 7)),
     "federate/domo": (["log.every=1"], 2, (1, 2)),
+    "federate/fedsm": (["log.every=1"], 3, (1, 2)),
+    "federate/autofedrl": (["log.every=1"], 2, (1, 2)),
     "pipeline/dsp": (["runtime={poll: 1, drain: end}"], 3, (9, 20)),
     "vertical/afsgd": ([], 3, (900, 1900)),
     "prune/distill": (["distill.steps=4", "checkpoint.every=1", "log.every=1"], 2, (1, 4)),

@@ -14,11 +14,13 @@ from xutrain.cli.app import run
 TARGETS = [
     ("quantize", "orq", ["train.steps", "train.batch_size", "workers", "optimizer.lr", "eval.every", "seed", "checkpoint.keep"]),
     ("sparsify", "def", ["train.batch_size", "workers", "optimizer.lr", "seed", "checkpoint.keep"]),
-    ("federate", "domo", ["seed", "checkpoint.keep", "threads"]),
+    ("federate", "domo", ["clients.count", "clients.fraction", "train.rounds", "train.lr", "train.batch_size", "eval.every", "seed"]),
     ("pipeline", "dsp", ["seed", "checkpoint.keep", "threads"]),
     ("vertical", "afsgd", ["seed", "checkpoint.keep", "threads"]),
     ("pretrain", "dsm", ["seed", "checkpoint.keep", "workers"]),
     ("prune", "moe_pruner", ["seed", "checkpoint.keep", "threads"]),
+    ("federate", "autofedrl", ["search.window", "search.rollouts", "search.reward_clip", "search.lag", "clients.val_fraction", "seed"]),
+    ("federate", "fedsm", ["clients.count", "train.rounds", "train.lr", "eval.every", "checkpoint.keep", "seed"]),
 ]
 SECTIONS = ["data", "model", "checkpoint", "log", "paper"]
 TEXTS = ["many", '""', "[1, 2]", "{a: 1}", "[[[]]]", "3.7.1", "1e", "--1", "0x1f", "nan0", "null null", "two words", "\\u0000", "<script>"]
@@ -110,7 +112,7 @@ def _check(arguments: list[str], capfd: pytest.CaptureFixture[str], canary: Path
     return shown
 
 
-@pytest.mark.parametrize("part", range(7))
+@pytest.mark.parametrize("part", range(len(TARGETS)))
 def test_overrides(part: int, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verb, recipe, keys = TARGETS[part]
     for number in range(40):

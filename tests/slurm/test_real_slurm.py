@@ -151,10 +151,11 @@ def test_lost_node(cluster: Any, tmp_path: Path, uninterrupted: Path) -> None:
     real.wait_for(lambda: _saved(prepared.folder) >= 40, 120, "a checkpoint", explain)
     assert real.job(number)["NodeList"] == "n4"
     cluster.cut_power("n4")
+    real.wait_for(lambda: not _processes_of(prepared.folder), 10, "the end of all processes of n4", explain)
     saved = _saved(prepared.folder)
-    assert not _processes_of(prepared.folder) and saved < 600
-    real.ask("scontrol", "update", f"JobId={number}", "ExcNodeList=")
+    assert saved < 600
     real.wait_for(lambda: real.job(number).get("Restarts") == "1", 90, "the requeue after the loss of the node", explain)
+    real.ask("scontrol", "update", f"JobId={number}", "ExcNodeList=")
     assert real.ask("sinfo", "-h", "-n", "n4", "-p", "apart", "-o", "%T").startswith("down")
     real.wait_for(lambda: real.ended(number), 150, "the end", explain)
     assert (real.job(number)["JobState"], real.job(number)["NodeList"]) == ("COMPLETED", "n3"), explain()
