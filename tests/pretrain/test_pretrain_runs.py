@@ -321,6 +321,14 @@ def test_token_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:
 
     _tokens(tmp_path, "train.bin", good.astype(np.int32) + 70_000)  # another dtype: its upper halves are no tokens
     refused("beyond the vocabulary of 200")
+    for dtype, word in ((np.int32, "4-byte integers"), (np.int64, "8-byte integers")):  # whose values would all be tokens
+        _tokens(tmp_path, "train.bin", good.astype(dtype))
+        refused(word, "uint16")
+    with (tmp_path / "train.bin").open("wb") as file:
+        np.save(file, good)
+    refused("numpy with its header")
+    (tmp_path / "train.bin").write_text("It was a dark and stormy night. " * 40, encoding="utf-8")
+    refused("plain text")
     (tmp_path / "train.bin").write_bytes(good.tobytes()[:-1])
     refused("cut short")
     (tmp_path / "train.bin").write_bytes(b"")

@@ -23,6 +23,8 @@ from xutrain.errors import DataError, Issue
 HELD_OUT = {"openwebtext": 0.0005}
 GPT2_TOKENS = 50257
 _ENDINGS = (".txt", ".md", ".rst", ".jsonl", ".parquet")
+#: what plain text is made of
+_TEXT = bytes([9, 10, 13, *range(32, 127)])
 _VOCABULARIES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
@@ -93,7 +95,7 @@ def open_bin(path: Path, hint: str) -> np.ndarray:
     """nanoGPT's token file (uint16 without a header), memory-mapped.
 
     Raises:
-        DataError: missing, empty, or a size that is no whole number of tokens.
+        DataError: missing, empty, a size that is no whole number of tokens, or contents that are plainly of another kind.
     """
     if not path.is_file():
         raise DataError(Issue(str(path), "no such token file", has_value=False, hint=hint or "wanted: train.bin and val.bin in one folder"))
@@ -101,7 +103,23 @@ def open_bin(path: Path, hint: str) -> np.ndarray:
     if size == 0 or size % 2:
         hint = "nanoGPT's format is uint16 without a header; make the file again"
         raise DataError(Issue(str(path), "is cut short, or not of uint16 tokens", f"{size} bytes", hint))
-    return np.memmap(path, dtype=np.uint16, mode="r")
+    tokens = np.memmap(path, dtype=np.uint16, mode="r")
+    other = _other_kind(tokens[:65536])
+    if other:
+        raise DataError(Issue(str(path), f"is {other}, not of uint16 tokens", has_value=False, hint="tokens.astype('uint16').tofile(path)"))
+    return tokens
+
+
+def _other_kind(tokens: np.ndarray) -> str:
+    """What the head of a file looks like when read in pairs of bytes, where that is surely something else; empty where it is not."""
+    head = tokens.tobytes()
+    if head.startswith(b"\x93NUMPY"):
+        return "an array of numpy with its header"
+    if len(tokens) >= 16 and not tokens[1::2].any() and tokens.any():
+        return "of 8-byte integers" if not tokens[2::4].any() else "of 4-byte integers"
+    if len(head) >= 64 and not head.translate(None, delete=_TEXT):
+        return "plain text"
+    return ""
 
 
 def gpt2_encoder(folder: Path | None = None) -> tuple[Callable[[str], list[int]], int, int]:
