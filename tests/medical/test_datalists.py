@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -191,10 +192,11 @@ def test_every_wrong_file_is_named_with_its_site(two: Path) -> None:
         assert line.startswith("error: ") and where in line and what in line and "\n" not in line
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\x1f\x8b\x08\x00broken"])
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x1f\x8b\x08\x00broken", gzip.compress(b"\x5c\x01\x00\x00" + b"\xff" * 700)])
 def test_corrupt_files(two: Path, content: bytes) -> None:
     (two / "A/Image/case0.nii.gz").write_bytes(content)
     lines = faults(two)
+    assert "DICOM" not in lines[0], "the fault of the reader that the name asks for"
     assert len(lines) == 1 and "A/Image/case0.nii.gz (site A): corrupt" in lines[0]
 
 

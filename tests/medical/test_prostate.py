@@ -192,6 +192,18 @@ def test_wrong_cases_are_named(tmp_path: Path, data_folder: Path) -> None:
     assert not (data_folder / "prostate_promise12").exists()
 
 
+def test_damaged_nifti(tmp_path: Path) -> None:
+    raw_msd(tmp_path / "raw")
+    (tmp_path / "raw/Task05_Prostate/imagesTr/prostate_01.nii.gz").write_bytes(b"nothing")
+    file = tmp_path / "raw/Task05_Prostate/labelsTr/prostate_02.nii.gz"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(DataError) as caught:
+        prepare("prostate_msd", tmp_path / "raw")
+    lines = [issue.lines()[0] for issue in caught.value.issues]
+    assert len(lines) == 2 and all("(site prostate_msd): cannot be read" in line for line in lines)
+    assert "prostate_01.nii.gz" in lines[0] and "prostate_02.nii.gz" in lines[1]
+
+
 def test_raw_file_missing(tmp_path: Path) -> None:
     raw_promise12(tmp_path / "raw")
     (tmp_path / "raw/Part0/Case00_segmentation.raw").unlink()

@@ -8,12 +8,12 @@ made here, by clustering the brain's intensities in three classes (fluid, grey, 
 from __future__ import annotations
 
 import io
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from xutrain.data.archive import collect, damaged, gunzip
+from xutrain.data.medical_cases import unreadable
 from xutrain.data.store import Content
 from xutrain.errors import DataError, Issue
 
@@ -68,7 +68,7 @@ def _volume(file: str, data: bytes) -> np.ndarray:
         target = nibabel.orientations.axcodes2ornt("LPS")
         turn = nibabel.orientations.ornt_transform(nibabel.orientations.io_orientation(image.affine), target)
         voxels = nibabel.orientations.apply_orientation(np.asanyarray(image.dataobj, dtype=np.float32), turn)
-    except (nibabel.filebasedimages.ImageFileError, ValueError, OSError, EOFError, zlib.error) as reason:
+    except unreadable() as reason:
         raise damaged(file, reason) from reason
     return np.ascontiguousarray(voxels.transpose(2, 1, 0))
 

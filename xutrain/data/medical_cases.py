@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
+import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +18,33 @@ from xutrain.data.medical_lists import split_items
 from xutrain.data.store import Files
 from xutrain.errors import DataError, Issue, XutrainError
 
-UNREADABLE = (RuntimeError, OSError, ValueError, EOFError, zlib.error, KeyError, TypeError, AttributeError, IndexError)
+#: what readers raise on files that are not what their names say
+UNREADABLE = (
+    RuntimeError,
+    OSError,
+    ValueError,
+    EOFError,
+    zlib.error,
+    struct.error,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    NotImplementedError,
+)
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """``UNREADABLE`` and the readers' own classes, of those that are installed."""
+    own: list[type[Exception]] = []
+    for module, names in (
+        ("nibabel.filebasedimages", ("ImageFileError",)),
+        ("nibabel.spatialimages", ("HeaderDataError", "HeaderTypeError", "ImageDataError")),
+        ("pydicom.errors", ("InvalidDicomError",)),
+    ):
+        with contextlib.suppress(ImportError):
+            own += [getattr(importlib.import_module(module), name) for name in names]
+    return (*UNREADABLE, *own)
 
 
 class LeftOut(Exception):
@@ -125,7 +154,7 @@ def _checked(case: Case, site: str) -> Pair:
     except ImportError as reason:
         what = f"cannot be read here: {str(reason).strip().splitlines()[0][:120]}"
         raise DataError(Issue(where, what, has_value=False, hint="pip install 'xutrain[medical]'")) from None
-    except UNREADABLE as reason:
+    except unreadable() as reason:
         if isinstance(reason, XutrainError):  # a RecipeError is a ValueError
             raise
         text = str(reason).strip().splitlines() or [type(reason).__name__]

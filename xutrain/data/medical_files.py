@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xutrain.data.medical_cases import unreadable
 from xutrain.data.medical_lists import Item
 from xutrain.errors import DataError, Issue
 
 MaskCode = Literal["labels", "refuge", "files"]
-UNREADABLE = (RuntimeError, OSError, ValueError, EOFError, zlib.error, KeyError, TypeError, AttributeError)
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 #: grey values of REFUGE's and DoFE's masks: 0 cup, 128 rim, 255 background
 CUP, DISC = 50, 200
@@ -101,10 +100,10 @@ def read(paths: tuple[Path, ...], site: str, channels: int) -> Any:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                parts.append(LoadImage(reader=_reader(path, channels), image_only=True, ensure_channel_first=True)(str(path)))
+                parts.append(LoadImage(image_only=True, ensure_channel_first=True)(str(path), reader=_reader(path, channels)))
         except ImportError as reason:  # MONAI's OptionalImportError is one
             raise lacking(str(path), reason) from None
-        except UNREADABLE as reason:
+        except unreadable() as reason:
             text = str(reason).strip().splitlines() or [type(reason).__name__]
             raise DataError(
                 Issue(f"{path} (site {site})", f"corrupt or not an image: {text[-1][:160]}", has_value=False, hint="take another copy")

@@ -61,7 +61,7 @@ def series(folder: Path) -> Volume:
         raise ValueError("no files in the folder of the series")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image: Any = LoadImage(reader=PydicomReader(), image_only=True)(str(folder))
+        image: Any = LoadImage(image_only=True)(str(folder), reader=PydicomReader())
     voxels = image.numpy()
     return Volume(voxels if voxels.ndim == 3 else voxels[..., None], image.affine.numpy())
 
