@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := OMP_NUM_THREADS=1 $(BIN)/xutrain
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types slurm-test slow report clean bench bench-peers
+.PHONY: help setup demo test lint types slurm-test slow report docs clean bench bench-peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9_.%-]+:.*## / {printf "  %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,11 @@ bench: $(READY) ## all benchmarks in one run, 25 minutes at most: benchmarks/RES
 
 bench-peers: $(READY) ## environments of their own for the peers that benchmarks compare with, under .bench
 	$(BIN)/python benchmarks/peers/make.py
+
+docs: $(READY) ## the pages of docs/ as a site, build/docs/index.html; warnings and broken links are errors
+	$(BIN)/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 report: $(READY) ## the report over every suite at SCALE, without running anything
 	$(RUN) report all --scale $(SCALE)
