@@ -128,6 +128,24 @@ def figure(found: dict[str, list[Curve]], path: Path) -> None:
     picture.savefig(path)
 
 
+def put(page: Path, rows: list[dict[str, Any]], found: dict[str, list[Curve]], targets: list[float]) -> None:
+    """Between ``<!-- study -->`` and ``<!-- /study -->`` of a page: the table and the figure."""
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition("<!-- study -->")
+    _, mark, after = rest.partition("<!-- /study -->")
+    if not mark:
+        raise SystemExit(f"{page} has no <!-- study --> and <!-- /study -->")
+    seeds = {len(curves) for curves in found.values()}
+    levels = " and ".join(f"{t:g}" for t in targets)
+    said = (
+        f"**The chosen recipes with other seeds** ({' or '.join(map(str, sorted(seeds)))} a method; `python benchmarks/pretrain_study.py`),"
+        f" with the exchanges and the megabytes sent by one worker until the loss first is {levels}:\n\n"
+    )
+    picture = "![Validation loss against steps, tokens, exchanges and megabytes sent, means over the seeds](images/pretrain_tuned.svg)"
+    figure(found, page.parent / "images" / "pretrain_tuned.svg")
+    page.write_text(f"{before}<!-- study -->\n{said}{markdown(rows)}\n{picture}\n<!-- /study -->{after}", encoding="utf-8")
+
+
 def ratios_of(found: dict[str, list[Curve]], target: float) -> list[Ratio]:
     """Exchanges and bytes of DSM against its two references; losses to read."""
 
@@ -151,6 +169,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--targets", type=float, nargs="+", help="losses to reach; left out: 2.5 and 2.3")
     parser.add_argument("--read", action="store_true", help="run nothing")
+    parser.add_argument("--page", type=Path, help="put table and figure between the marks of this page, the figure beside it in images/")
     arguments(parser)
     given = parser.parse_args()
     if not given.read:
@@ -166,6 +185,8 @@ def main() -> None:
     figure(found, given.out / "study.svg")
     print(markdown(rows))
     ratios = ratios_of(found, targets[0])
+    if given.page:
+        put(given.page, rows, found, targets)
     for ratio in ratios:
         print(f"{ratio.name}: {'-' if ratio.value is None else f'{ratio.value:.3g}'}")
     write(given.json, "Sign momentum against its baselines: rounds and bytes to a loss", rows, ratios)
