@@ -83,3 +83,27 @@ def test_parity_through_the_launcher(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "--parity", "quantize/orq", "--steps", "3", "--json"]) == 0
     value = json.loads(capfd.readouterr().out)
     assert (value["status"], value["nproc"], value["steps"]) == ("equal", [1, 2], 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe", ["sparsify/def", "federate/domo", "federate/fedsm", "pipeline/dsp", "vertical/afsgd", "prune/distill", "pretrain/dsm"]
+)
+def test_parity_of_every_verb(recipe: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--parity", recipe, "--steps", "3", "--json"]) == 0
+    value = json.loads(capfd.readouterr().out)
+    assert value["status"] == "equal" and value["nproc"][1] > 1 and value["steps"] > 0
+
+
+def test_diff_of_keys(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["diff", "federate/domo", "federate/fedavg"]) == 0
+    told = " ".join(capfd.readouterr().out.split())
+    assert "method.server_momentum 0.9 (no such key)" in told and "method.name domo fedavg" in told
+    assert run(["diff", "federate/domo", "federate/domo"]) == 0
+    assert capfd.readouterr().out == "no key differs\n"
+
+
+def test_runs_without_checkpoints_are_compared_by_their_files(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["diff", "prune/random", "prune/wanda", "--run", "2", "--smoke"]) == 0
+    told = " ".join(capfd.readouterr().out.split())
+    assert "no saved steps, so by the files and metrics that both left" in told and "they part at " in told, told

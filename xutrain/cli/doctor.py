@@ -81,5 +81,8 @@ def tell(title: str, found: dict[str, Any] | None, number: int, json: bool, head
     if json:
         console.print_json({**head, "status": "different" if found else "equal", "steps": number, "difference": found})
         return
-    console.out.print(f"{title}, {number} saved steps", markup=False)
+    compared = (
+        f"{number} saved step{'s' if number != 1 else ''}" if number else "no saved steps, so by the files and metrics that both left"
+    )
+    console.out.print(f"{title}, {compared}", markup=False)
     console.out.print(sentence(found) if found else "bit-equal at every step", markup=False)

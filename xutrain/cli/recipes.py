@@ -273,7 +273,8 @@ def diff(
     elif not rows:
         console.out.print("no key differs")
     else:
-        console.table(["key", first, second], [[str(v) if i else v for i, v in enumerate(r.values())] for r in rows])
+        shown = [[str(side[k]) if k in side else "(no such key)" for side in sides] for k in (r["key"] for r in rows)]
+        console.table(["key", first, second], [[r["key"], *values] for r, values in zip(rows, shown, strict=True)])
 
 
 def _diff_runs(names: tuple[str, str], verb: str | None, steps: int, smoke: bool, json: bool) -> None:
