@@ -123,7 +123,7 @@ def figure(found: dict[str, list[Curve]], path: Path) -> None:
         panel.set(ylabel="validation loss of x_t, nats per byte")
     lowest = min(min(c.loss) for curves in found.values() for c in curves)
     axes[0, 0].set(ylim=(lowest - 0.05, lowest + 1.5))
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=7, loc="upper right")
     picture.tight_layout()
     picture.savefig(path)
 
