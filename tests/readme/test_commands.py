@@ -6,16 +6,19 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
+import typer.main
 
 from xutrain import registry
-from xutrain.cli.app import run
+from xutrain.cli.app import _route, run
 from xutrain.families import FAMILIES
 from xutrain.recipe import catalog
 from xutrain.recipe.load import load
+from xutrain.report import suite
 
 ROOT = Path(registry.__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def _commands(page: Path) -> list[str]:
@@ -47,6 +50,48 @@ def test_command_names_what_exists(page: str, command: str) -> None:
     if config.endswith(".yaml") and not any(config.removesuffix(".yaml") == r.name for r in catalog.listing(words[0])):
         return  # a reader's own file
     assert load(config, words[0], overrides).verb == words[0]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_command_is_understood(page: str, command: str) -> None:
+    """The command and all of its options exist, and suites, parts and kinds that it names are there. Nothing runs."""
+    words = [w for w in shlex.split(command)[1:] if w not in ("[", "]", "...")]
+    app, _, rest = _route(words)
+    group = typer.main.get_command(app)
+    try:
+        _understood(group, rest)
+    except click.exceptions.Exit:
+        pass  # --help, --version
+    except click.ClickException as error:
+        raise AssertionError(f"{page}: {command}: {error.format_message()}") from None
+    plain = [w for w in rest[1:] if not w.startswith("-")]
+    if rest[0] == "sweep" and re.fullmatch(r"[a-z0-9_-]+", plain[0]):
+        assert suite.select(plain[:1])
+    if rest[0] == "show" and len(plain) == 2 and plain[0] in ("method", "codec", "dataset", "model") and plain[1] not in ("NAME", "mine"):
+        assert registry.find(plain[0], plain[1], where=plain[0])
+
+
+def _understood(command: click.Command, words: list[str], parent: click.Context | None = None) -> None:
+    """Parse a command line as click does, down to the last subcommand, without calling it."""
+    context = command.make_context(command.name or "xutrain", list(words), parent=parent)
+    if isinstance(command, click.Group):
+        left = [*context._protected_args, *context.args] if hasattr(context, "_protected_args") else context.args
+        name, found, rest = command.resolve_command(context, left)
+        assert found is not None, f"no such command: {name}"
+        _understood(found, rest, context)
+
+
+MADE = [(p.name, name) for p in PAGES for name in re.findall(r"^(?:    )?make ([a-z][\w-]*)", p.read_text(encoding="utf-8"), re.M)]
+
+
+@pytest.mark.parametrize(("page", "target"), MADE)
+def test_make_targets_exist(page: str, target: str) -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    papers = suite.groups()
+    kind, _, paper = target.partition("-")
+    assert re.search(rf"^{re.escape(target)}:", text, re.M) or (kind in ("reproduce", "slurm") and paper in papers), (
+        f"{page}: make {target}"
+    )
 
 
 @pytest.mark.parametrize("command", [c for p, c in COMMANDS if p == "README.md"])
