@@ -117,7 +117,7 @@ class Searched(FederatedMethod):
     def settle(self, server: State, index: int, loss: float, losses: dict[int, float]) -> None:
         """L_index is known: the sample of the round before gets its reward, and the agent learns."""
         held = server["search"]
-        fresh = False
+        held["reward"], fresh = None, False
         for sample in [s for s in held["waiting"] if s["round"] < index]:
             held["waiting"].remove(sample)
             if "reward" not in sample:

@@ -20,6 +20,10 @@ from xutrain.methods.federate.base import Round
 from xutrain.recipe.search import FLOORS, ClientRange, Range, Space, Weights, bounds
 
 
+#: values beyond it would leave float32 as soon as they are multiplied
+LARGEST = 1e25
+
+
 @dataclass(frozen=True)
 class Coordinate:
     """One number that is drawn.
@@ -47,8 +51,8 @@ class Coordinate:
         """h of one normalised number, before the rules that depend on its key."""
         h = self.middle + self.width * u
         if self.log:
-            h = math.exp(min(h, 700.0))
-        return min(max(h, self.low), self.high)
+            h = math.exp(min(h, 60.0))
+        return min(max(h, self.low, -LARGEST), self.high, LARGEST)
 
     @property
     def server_side(self) -> bool:
