@@ -6,7 +6,9 @@ slice shows as radiologists look at it (front up, the patient's right on the lef
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,20 +89,27 @@ def load(item: Item, form: Form) -> Loaded:
     return Loaded(images.contiguous(), (masks >= 0.5).to(torch.uint8).contiguous(), digest)
 
 
+@functools.cache
+def loader() -> Any:
+    """MONAI's LoadImage, to be called with the reader that a file needs; other readers are not tried."""
+    from monai.transforms import LoadImage
+
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)  # says at every start what it cannot use
+    return LoadImage(image_only=True, ensure_channel_first=True)
+
+
 def read(paths: tuple[Path, ...], site: str, channels: int) -> Any:
     """Files as one float32 MetaTensor (C, ...), several files as channels. ``channels`` 3 or 1 converts pictures, 0 takes them as they are.
 
     Raises:
         DataError: corrupt, or a format that needs a package that is not there.
     """
-    from monai.transforms import LoadImage
-
     parts = []
     for path in paths:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                parts.append(LoadImage(image_only=True, ensure_channel_first=True)(str(path), reader=_reader(path, channels)))
+                parts.append(loader()(str(path), reader=_reader(path, channels)))
         except ImportError as reason:  # MONAI's OptionalImportError is one
             raise lacking(str(path), reason) from None
         except unreadable() as reason:

@@ -55,14 +55,15 @@ def nifti(path: Path) -> Volume:
 def series(folder: Path) -> Volume:
     """A DICOM series, one file a slice, stacked by instance number."""
     from monai.data import PydicomReader
-    from monai.transforms import LoadImage
+
+    from xutrain.data.medical_files import loader
 
     if not any(f.is_file() and not junk(f) for f in folder.iterdir()):
         raise ValueError("no files in the folder of the series")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image: Any = LoadImage(image_only=True)(str(folder), reader=PydicomReader())
-    voxels = image.numpy()
+        image: Any = loader()(str(folder), reader=PydicomReader())
+    voxels = image.numpy()[0]  # without the channel
     return Volume(voxels if voxels.ndim == 3 else voxels[..., None], image.affine.numpy())
 
 
