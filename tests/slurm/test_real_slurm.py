@@ -137,7 +137,7 @@ def test_preempted_goes_on_and_cancelled_does_not(cluster: Any, tmp_path: Path, 
     explain = _explain(cluster, prepared.folder)
     real.wait_for(lambda: _step(prepared.folder) >= 20, 120, "20 steps", explain)
     real.ask("scancel", number)
-    real.wait_for(lambda: not real.ask("squeue", "-h"), 60, "an empty queue", explain)
+    real.wait_for(lambda: not real.ask("squeue", "-h", "-j", number), 60, "the end of the cancelled job", explain)
     assert real.job(number)["JobState"] == "CANCELLED"
     assert real.job(number)["Restarts"] == "0"
     assert not _processes_of(prepared.folder)
