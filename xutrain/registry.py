@@ -131,6 +131,8 @@ def _announced_in(file: Path, kind: str) -> Iterator[Entry]:
                 if kind == "method":
                     verbs = args.pop(0)
                     words["verbs"] = (verbs,) if isinstance(verbs, str) else tuple(verbs)
+                elif kind == "agent":
+                    words["verbs"] = ("federate",)
                 yield Entry(kind, args[0], module, **words)
 
 

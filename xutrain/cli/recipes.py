@@ -15,7 +15,15 @@ from xutrain.errors import Issue, RecipeError, UsageError
 from xutrain.families import FAMILIES
 from xutrain.recipe import catalog, yamlfile
 
-KINDS = {"recipes": None, "methods": "method", "codecs": "codec", "datasets": "dataset", "models": "model", "suites": None}
+KINDS = {
+    "recipes": None,
+    "methods": "method",
+    "codecs": "codec",
+    "datasets": "dataset",
+    "models": "model",
+    "agents": "agent",
+    "suites": None,
+}
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Verb = Annotated[str | None, typer.Option("--verb", help="Only what this verb uses.")]
 
@@ -33,7 +41,7 @@ def ls(
     verb: Verb = None,
     json: Json = False,
 ) -> None:
-    """List recipes, methods (codecs among them), codecs, datasets, models or suites."""
+    """List recipes, methods (codecs among them), codecs, datasets, models, agents of a federated search or suites."""
     if what is not None and what not in KINDS:
         near = registry.suggest(what, list(KINDS))
         raise UsageError(Issue("ls", "must be one of " + ", ".join(KINDS), what, f"did you mean {near}?" if near else ""))
@@ -83,7 +91,7 @@ def _owners(kind: str, entry: registry.Entry) -> tuple[str, ...]:
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A recipe; or `method`, `codec`, `dataset`, `model` and a second name.")],
+    name: Annotated[str, typer.Argument(help="A recipe; or `method`, `codec`, `dataset`, `model`, `agent` and a second name.")],
     part: Annotated[str | None, typer.Argument(show_default=False)] = None,
     verb: Verb = None,
     resolved: Annotated[bool, typer.Option("--resolved", help="With everything that it extends and every default.")] = False,
@@ -91,7 +99,7 @@ def show(
     json: Json = False,
 ) -> None:
     """Show a recipe, or a part with its options and bounds."""
-    if name in ("method", "codec", "dataset", "model"):
+    if name in ("method", "codec", "dataset", "model", "agent"):
         if part is None:
             raise UsageError(Issue("show", f"say which {name}", has_value=False, hint=f"xutrain ls {name}s"))
         _show_part(name, part, verb, schema, json)
@@ -142,6 +150,7 @@ def _show_part(kind: str, name: str, verb: str | None, schema: bool, json: bool)
         "recipes": [f"{r.verb}/{r.name}" for r in catalog.listing() if (verb or r.verb) == r.verb and _uses(r.path, kind, entry.name)],
         "suites": suites,
         "claims": claims,
+        **_search(kind, entry, cls),
     }
     if json:
         console.print_json(card)
@@ -154,6 +163,11 @@ def _show_part(kind: str, name: str, verb: str | None, schema: bool, json: bool)
             console.out.print(f"{key}: {card[key]}", markup=False)
     if card["options"]:
         console.table(["option", "type", "default", "bounds", "meaning"], [list(o.values()) for o in card["options"]])
+    if card.get("searchable"):
+        console.out.print("an agent may search: " + ", ".join(card["searchable"]) + "   (search.space; xutrain ls agents)", markup=False)
+    if card.get("search"):
+        console.out.print("beside it in the section search:", markup=False)
+        console.table(["option", "type", "default", "bounds", "meaning"], [list(o.values()) for o in card["search"]])
     if card["recipes"]:
         console.out.print("recipes: " + ", ".join(card["recipes"]), markup=False)
     for found in suites:
@@ -178,6 +192,27 @@ def _sentence(text: str, wanted: re.Pattern[str]) -> str:
     return ""
 
 
+def _search(kind: str, entry: registry.Entry, cls: Any) -> dict[str, Any]:
+    """Of a federated method: what an agent may search; of an agent: the options of the section that it stands in."""
+    from xutrain.recipe import search
+
+    if kind == "method" and "federate" in entry.verbs:
+        return {"searchable": ["lr", "local_work", "weights", *search.searchable(cls.Options)]}
+    if kind != "agent":
+        return {}
+    found = []
+    schema = search.Search.model_json_schema()
+    for name, prop in schema["properties"].items():
+        if name not in ("agent", "space"):
+            found.append(_option(name, prop, schema))
+    for part in (search.ClientRange, search.Work, search.Weights):
+        inner = part.model_json_schema()
+        where = {"ClientRange": "space.lr", "Work": "space.local_work", "Weights": "space.weights"}[part.__name__]
+        new = [n for n in part.model_fields if part is search.ClientRange or n in part.__annotations__]
+        found += [_option(f"{where}.{n}", inner["properties"][n], inner) | {"option": f"{where}.{n}"} for n in new]
+    return {"search": found}
+
+
 def _option(name: str, prop: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     kinds = [p for p in prop.get("anyOf", [prop]) if p.get("type") != "null"]
     first = kinds[0] if kinds else {}
@@ -198,6 +233,9 @@ def _option(name: str, prop: dict[str, Any], schema: dict[str, Any]) -> dict[str
 def _uses(path: str, kind: str, name: str) -> bool:
     key = {"dataset": "data"}.get(kind, kind)
     section = catalog.merged(Path(path))[0].get(key)
+    if kind == "agent":
+        search = catalog.merged(Path(path))[0].get("search")
+        section = search.get("agent") if isinstance(search, dict) else None
     said = section.get("name") if isinstance(section, dict) else section
     return isinstance(said, str) and registry.canonical(said) == name
 

@@ -12,15 +12,19 @@ from xutrain.report import published
 from xutrain.report.suite import SCALES, Cell, files, has_scale, open_table
 
 #: section of a recipe that chooses a part of this kind
-SECTIONS = {"method": "method", "codec": "codec", "dataset": "data", "model": "model"}
+SECTIONS = {"method": "method", "codec": "codec", "dataset": "data", "model": "model", "agent": "search.agent"}
 
 
 def part_of(cell: Cell, source: dict[str, Any], kind: str) -> str:
     """The part of one kind that a cell with the recipe ``source`` runs, by its canonical name; empty for a default."""
     section = SECTIONS[kind]
-    chosen = _named(source.get(section))
+    head, _, tail = section.partition(".")
+    value = source.get(head)
+    chosen = _named(value.get(tail) if tail and isinstance(value, dict) else None if tail else value)
     for override in cell.overrides:
         key, _, text = override.partition("=")
+        if tail and key == head and not isinstance(json.loads(text), dict):
+            chosen = ""
         if key in (section, f"{section}.name"):
             chosen = _named(json.loads(text)) or chosen
     return registry.canonical(chosen)
