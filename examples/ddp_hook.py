@@ -74,10 +74,7 @@ def main() -> None:
         accuracy = float((model(inputs[test]).argmax(1) == targets[test]).float().mean())
         full = 32 * sum(p.numel() for p in model.parameters()) * steps
         cost = f"sent {hook.bits / 8e3:.0f} kB a rank, {full / hook.bits:.1f} times less than fp32"
-        print(
-            f"{codec.label}: test accuracy {accuracy:.3f}, sent {hook.bits / 8e3:.0f} kB a rank, {full / hook.bits:.1f} times less than fp32"
-        )
-    dist.barrier()
+        print(f"{codec.label}: test accuracy {accuracy:.3f}, {cost}")
     dist.destroy_process_group()
 
 

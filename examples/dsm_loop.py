@@ -51,7 +51,6 @@ def main() -> None:
     if rank == 0:
         print(f"{ranks} ranks, {args.steps} steps, {rounds} exchanges: test accuracy {accuracy:.3f}")
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -78,7 +78,6 @@ def main() -> None:
             sent = f"{trainer.hook.bits / 8e6:.2f} MB sent a rank" if trainer.hook else "one process, nothing exchanged"
             print(f"{args.codec}: loss {float(losses[0]):.3f} -> {float(losses[-1]):.3f}, {sent}", flush=True)
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

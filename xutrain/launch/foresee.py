@@ -111,7 +111,7 @@ def break_even(codec: Codec, length: int, count: int, encode: float, decode: flo
     free = Link(1.0, 0.0)
     saved = free.allreduce(32.0 * length, count) - exchange.seconds(length, free)
     way = "all-reduce" if exchange.sums else {"allgather": "all-gather", "alltoall": "all-to-all"}[mode]
-    found = {
+    found: dict[str, Any] = {
         "exchange": way,
         "codec_s": extra,
         "wire_s": exchange.seconds(length, link),
@@ -170,4 +170,3 @@ def _clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-

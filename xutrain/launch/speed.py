@@ -54,12 +54,13 @@ def measure(processes: int, workers: int | None, elements: int, names: list[str]
     """
     torch.set_num_threads(1)
     started = int(os.environ.get("WORLD_SIZE", "1"))
+    network: dict[str, Any] | None = None
     if started > 1:
         network = _joined(started)
         if int(os.environ.get("RANK", "0")):
             return None
-    else:
-        network = _forked(processes) if processes > 1 else None
+    elif processes > 1:
+        network = _forked(processes)
     count = started if started > 1 else processes
     compute, length = _gradient(recipe, elements)
     link = Link(network["bandwidth"], network["latency_s"]) if network else Link(1e9, 5e-5)
@@ -70,7 +71,7 @@ def measure(processes: int, workers: int | None, elements: int, names: list[str]
         name, options = CODECS[label]
         codec = xutrain.codec(name, workers=wanted, **options)
         encode, decode = foresee.codec_seconds(codec, length, device)
-        row = {"codec": label, "encode_ns": 1e9 * encode / length, "decode_ns": 1e9 * decode / length}
+        row: dict[str, Any] = {"codec": label, "encode_ns": 1e9 * encode / length, "decode_ns": 1e9 * decode / length}
         row |= foresee.break_even(codec, length, wanted, encode, decode, link)
         at = row["break_even_bandwidth"]
         row["pays_here"] = at is not None and link.bandwidth < at if network else None

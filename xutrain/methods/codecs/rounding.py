@@ -57,6 +57,11 @@ class Draws(NamedTuple):
         return self.key.uniform(shape.numel(), device, self.start).view(shape)
 
 
+def safe_scale(levels: Tensor) -> float:
+    """By what values and levels are multiplied before they are compared: 1, or a quarter where differences might overflow."""
+    return 0.25 if levels.numel() and float(levels.abs().amax()) > _HUGE else 1.0
+
+
 def round_randomly(rows: Tensor, levels: Tensor, draws: Draws, out: Tensor) -> None:
     """Random rounding of ``rows`` (B, n) onto ascending ``levels`` (B, s): symbols to ``out``, uint8 (B, n).
 
@@ -65,8 +70,9 @@ def round_randomly(rows: Tensor, levels: Tensor, draws: Draws, out: Tensor) -> N
     for every cell above it, and at a level itself false, because u < 1 and the difference is the same float (widths below
     1e-37 lose that to subnormal products). Of equal levels the first is taken.
     """
-    if levels.numel() and float(levels.abs().amax()) > _HUGE:
-        rows, levels = rows * 0.25, levels * 0.25
+    scale = safe_scale(levels)
+    if scale != 1.0:
+        rows, levels = rows * scale, levels * scale
     compiled = fast.kernels(rows.numel()) if on_host(rows.device) else None
     if compiled:
         low, high = map(np.uint32, draws.key.words)

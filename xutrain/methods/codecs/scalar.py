@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xutrain.engine.rng import Key
 from xutrain.errors import Issue, UsageError
-from xutrain.methods.codecs import packing, rounding
+from xutrain.methods.codecs import gpu, packing, rounding
 from xutrain.methods.codecs.base import Codec, Payload, check_finite
 from xutrain.methods.codecs.rounding import Draws, look_up, moments, need_key, round_randomly, row_sums
 from xutrain.registry import Named
@@ -145,6 +145,9 @@ class ScalarCodec(Codec):
         if not length:
             return Payload(torch.empty(0, dtype=torch.uint8, device=device), 0)
         check_finite(vector, self.bucket(length))
+        kernels = self._kernels(device)
+        if kernels and self.random and key is not None and type(self).quantise is ScalarCodec.quantise and self.options.clip is None:
+            return self._encode_on_device(kernels, vector, key)
         symbols = packing.room(self.base, length, device)
         numbers = torch.empty(self._buckets(length), self.sent, dtype=self._dtype, device=device)
         for block in self._blocks(vector):
@@ -163,6 +166,11 @@ class ScalarCodec(Codec):
         out = torch.empty(length, device=data.device)
         if not length:
             return out
+        kernels = self._kernels(data.device)
+        if kernels:
+            levels, packed = self._head(payload)
+            kernels.unpack(packed, levels.contiguous(), self.bucket(length), out)
+            return out
         levels, symbols = self.unseal(payload)
         for block in self._blocks(out):
             rows = out[block.start : block.stop].view(-1, block.width)
@@ -171,9 +179,8 @@ class ScalarCodec(Codec):
 
     def unseal(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Levels (buckets, base) and symbols (length,) of a payload, as the receiver sees them."""
-        head = self._buckets(payload.length) * self.sent * self._dtype.itemsize
-        numbers = payload.data[:head].clone().view(self._dtype).view(-1, self.sent).float()
-        return self.table(numbers), packing.unpack(payload.data[head:], self.base, payload.length)
+        levels, packed = self._head(payload)
+        return levels, packing.unpack(packed, self.base, payload.length)
 
     def payload_bits(self, length: int) -> int:
         head = self._buckets(length) * self.sent * self._dtype.itemsize if length else 0
@@ -201,6 +208,28 @@ class ScalarCodec(Codec):
     def expected_error(self, vector: Tensor) -> float:
         """E||Q(v) - v||^2, in closed form."""
         return sum(self.bias_and_variance(vector))
+
+    def _head(self, payload: Payload) -> tuple[Tensor, Tensor]:
+        """Levels (buckets, base) and packed symbols."""
+        head = self._buckets(payload.length) * self.sent * self._dtype.itemsize
+        numbers = payload.data[:head].clone().view(self._dtype).view(-1, self.sent).float()
+        return self.table(numbers), payload.data[head:]
+
+    def _kernels(self, device: torch.device) -> Any:
+        """Triton's kernels where they serve this alphabet on this device."""
+        kernels = gpu.kernels(device)
+        return kernels if kernels and self.base in kernels.BASES else None
+
+    def _encode_on_device(self, kernels: Any, vector: Tensor, key: Key) -> Payload:
+        """Levels by torch, then rounding and packing in one kernel."""
+        length = vector.numel()
+        numbers = torch.cat([self.as_sent(self.find(self._rows(vector, block))) for block in self._blocks(vector)])
+        levels, head = self.table(numbers).contiguous(), numbers.to(self._dtype).contiguous().view(-1).view(torch.uint8)
+        data = torch.empty(self.payload_bits(length) // 8, dtype=torch.uint8, device=vector.device)
+        data[: head.numel()] = head
+        scale = rounding.safe_scale(levels)
+        kernels.pack(vector, levels, self.bucket(length), key.words, scale, data[head.numel() :])
+        return Payload(data, length)
 
     @property
     def _dtype(self) -> torch.dtype:
