@@ -202,3 +202,12 @@ def test_a_column_with_a_metric_of_its_own(suite_file: Path, fill: Any, runs: Pa
     suite_file.write_text(text.replace("label: full,", "label: full, metric: test_loss,"))
     with pytest.raises(XutrainError, match="a metric belongs to the suite or to a column"):
         suite.open_table(str(suite_file))
+
+
+def test_a_sweep_says_about_how_long_it_takes(suite_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suite_file.write_text(suite_file.read_text().replace("metric: test_accuracy", "minutes: 8\nmetric: test_accuracy", 1))
+    words = ["sweep", str(suite_file), "--out", str(tmp_path / "runs"), "--jobs", "2"]
+    assert run(words) == 0
+    assert "4 runs to do, about 4 min on 2 free cores" in capsys.readouterr().err
+    assert run(words) == 0
+    assert "to do" not in capsys.readouterr().err

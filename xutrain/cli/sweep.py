@@ -63,11 +63,16 @@ def sweep(
         _show_plan(prepared, json)
         return
     values, worst = [], 0
+    count = jobs or _cores()
+    if len(prepared) > 1 and not quiet:
+        _tell_total(prepared, count)
     for table, work in prepared:
         manifest = sweeping.write_manifest(table, work, out)
         tell = (lambda text: None) if quiet else lambda text: console.err.print(text, markup=False)
-        tell(f"suite {table.name}, scale {table.scale}{' (smoke)' if smoke else ''}: {len(table.cells)} cells x {len(table.seeds)} seeds")
-        results = sweeping.carry_out(work, jobs or _cores(), tell, again=fresh)
+        tell(
+            f"suite {table.name}, scale {table.scale}{' (smoke)' if smoke else ''}: {len(table.cells)} cells x {len(table.seeds)} seeds{_estimate(table, work, count)}"
+        )
+        results = sweeping.carry_out(work, count, tell, again=fresh)
         codes = [
             0 if r["exit_code"] == 4 and _may_diverge(table, job) else int(r["exit_code"]) for job, r in zip(work, results, strict=True)
         ]
@@ -79,6 +84,34 @@ def sweep(
         _show_tables(tables, out)
         console.err.print(f"next: xutrain report {' '.join(names)}" + (f" --scale {scale}" if scale != "cpu" else ""), markup=False)
     raise typer.Exit(worst)
+
+
+def _left(table: Table, work: list[Any]) -> tuple[int, float | None]:
+    """Runs that are not finished, and the CPU minutes that they take by the suite's own measure (None: it gives none)."""
+    status = {job.plan.folder: job.status for job in work}
+    missing = sum(s not in ("done", "diverged") for s in status.values())
+    minutes = table.suite.minutes if table.scale == "cpu" and not table.smoke else None
+    return missing, None if minutes is None else minutes * missing / max(1, len(status))
+
+
+def _estimate(table: Table, work: list[Any], count: int) -> str:
+    missing, minutes = _left(table, work)
+    if not missing or minutes is None:
+        return ""
+    return f", {missing} runs to do, about {max(1, round(minutes / count))} min on {count} free core{'s' if count > 1 else ''}"
+
+
+def _tell_total(prepared: list[tuple[Table, list[Any]]], count: int) -> None:
+    """One line before several suites: how much there is to do, and about how long it takes."""
+    left = [(table.name, *_left(table, work)) for table, work in prepared]
+    known = sum(minutes for _, _, minutes in left if minutes is not None)
+    unknown = [name for name, missing, minutes in left if missing and minutes is None]
+    text = f"{len(left)} suites, {sum(missing for _, missing, _ in left)} runs to do"
+    if known:
+        text += f", about {max(1, round(known / count))} min on {count} free core{'s' if count > 1 else ''}"
+    if unknown:
+        text += f"; no estimate for {', '.join(unknown)}"
+    console.err.print(text, markup=False)
 
 
 def _may_diverge(table: Table, job: Any) -> bool:

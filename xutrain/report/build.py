@@ -10,7 +10,7 @@ from typing import Any
 
 from xutrain.engine.record import read_json
 from xutrain.errors import Issue, UsageError
-from xutrain.report import claims, pictures, published, runs
+from xutrain.report import claims, pictures, policy, published, runs
 from xutrain.report.runs import Run
 from xutrain.report.suite import Line, Plot, Suite, Table
 
@@ -87,6 +87,7 @@ def _section(
     _compare(cells, table)
     judged = _judge(table, found, columns, papers)
     paper = next((p for p in papers if p.content.id == suite.paper), None)
+    drawn = [*suite.plots, *policy.plots(r for group in found.values() for r in group)]
     return {
         "suite": table.name,
         "group": suite.group,
@@ -116,7 +117,7 @@ def _section(
             for column in columns
             if (known := found.get((row, column), []))
         ),
-        "plots": [p for plot in suite.plots for p in _plots(plot, table, found, rows, columns)],
+        "plots": [p for plot in drawn for p in _plots(plot, table, found, rows, columns)],
         "notes": [*suite.notes, *notes, *sorted({n for c in cells for n in c["notes"]})],
         "command": _command(table),
     }
@@ -297,7 +298,8 @@ def _curve(plot: Plot, done: list[Run]) -> list[dict[str, float | None]]:
         if len(known) < len(at) or (plot.log_x and min(known) <= 0):
             continue
         spread = _spread([float(c[step]["value"]) for c in curves])
-        points.append({"x": statistics.fmean(known), "mean": spread["mean"], "std": spread["std"]})
+        band = policy.deviation(done, plot.y, step)
+        points.append({"x": statistics.fmean(known), "mean": spread["mean"], "std": spread["std"] if band is None else band})
     return points
 
 

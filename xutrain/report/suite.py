@@ -62,6 +62,7 @@ class Suite(Options):
     show: list[str] = Field(default_factory=list, description="further final metrics, beside the main one")
     plots: list[Plot] = Field(default_factory=list, description="pictures")
     notes: list[str] = Field(default_factory=list, description="what a reader of the table must know")
+    minutes: float | None = Field(None, gt=0, description="CPU minutes of all cells and seeds on one core, as measured; for estimates")
 
     def metric_of(self, column: str) -> str:
         """The number that the cells of a column are about."""
