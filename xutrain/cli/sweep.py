@@ -69,9 +69,8 @@ def sweep(
     for table, work in prepared:
         manifest = sweeping.write_manifest(table, work, out)
         tell = (lambda text: None) if quiet else lambda text: console.err.print(text, markup=False)
-        tell(
-            f"suite {table.name}, scale {table.scale}{' (smoke)' if smoke else ''}: {len(table.cells)} cells x {len(table.seeds)} seeds{_estimate(table, work, count)}"
-        )
+        head = f"suite {table.name}, scale {table.scale}{' (smoke)' if smoke else ''}"
+        tell(f"{head}: {len(table.cells)} cells x {len(table.seeds)} seeds{_estimate(table, work, count)}")
         results = sweeping.carry_out(work, count, tell, again=fresh)
         codes = [
             0 if r["exit_code"] == 4 and _may_diverge(table, job) else int(r["exit_code"]) for job, r in zip(work, results, strict=True)
