@@ -6,8 +6,11 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from xutrain.engine import stop as stopping
 from xutrain.engine.context import Context
 from xutrain.engine.stop import Stop
 
@@ -36,3 +39,34 @@ def test_a_forked_child_ends_on_term(tmp_path: Path) -> None:
     child.join(5)
     assert child.exitcode == -signal.SIGTERM
     assert not stop.requested(0)
+
+
+def _slow_and_quick_steps(folder: Path) -> tuple[int, int, int]:
+    """Steps of a third of the interval: how many go by after the file. Quick steps: how many agreements 200 of them take."""
+    ctx = Context.open()
+    stopping._CHECK_S = 0.1
+    stop = Stop(folder, ctx)
+    agreements = []
+    plain = stop._workers.least
+    stop._workers.least = lambda *values: agreements.append(values) or plain(*values)  # type: ignore[method-assign, func-returns-value]
+    for step in range(200):
+        assert not stop.requested(step)
+    quick = len(agreements)
+    for step in range(200, 211):  # the agreement that was made in quick times may be ten steps away
+        time.sleep(0.03)
+        assert not stop.requested(step)
+    ctx.workers(ctx.processes).barrier()
+    if ctx.is_main:
+        (folder / "STOP").touch()
+    ctx.workers(ctx.processes).barrier()
+    for step in range(211, 231):
+        time.sleep(0.03)
+        if stop.requested(step):
+            break
+    return quick, step - 211, step
+
+
+def test_processes_agree_within_a_second(tmp_path: Path, forked: Callable[..., list[Any]]) -> None:
+    (quick, late, at), other = forked(_slow_and_quick_steps, 2, tmp_path)
+    assert quick <= 100 and late <= 3, "slow steps are asked one by one, quick ones ten at a time"
+    assert other[2] == at, "on the same step"

@@ -16,6 +16,8 @@ from filelock import FileLock
 
 from xutrain.cli.app import run
 from xutrain.engine.checkpoint import damage
+from xutrain.errors import UsageError
+from xutrain.launch.torchrun import processes_lock
 
 OVER = ["train.steps=6", "model.hidden=[64]", "checkpoint.every=2", "eval.every=6", "log.every=1"]
 
@@ -160,3 +162,25 @@ def test_two_launchers_on_one_folder(tmp_path: Path, capfd: pytest.CaptureFixtur
         code, result, text = _run(tmp_path / "runs", capfd)
     assert code == 2 and "is being run by another xutrain" in text
     assert result["errors"][0]["hint"]
+
+
+def test_fresh_never_from_under_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = _stopped(tmp_path / "runs", capfd)
+    with FileLock(str(folder / ".lock"), timeout=0):
+        assert run([*_arguments(tmp_path / "runs"), "--fresh"]) == 2
+    assert "is being run by another xutrain" in capfd.readouterr().err
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_processes_of_a_killed_launcher_are_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whoever inherited the descriptor holds the lock; a new start says that it waits, and gives up with a reason."""
+    with processes_lock(tmp_path) as descriptor:
+        inherited = os.dup(descriptor)
+    try:
+        with pytest.raises(UsageError, match="still being run by the processes of an earlier launcher"), processes_lock(tmp_path, 0.3):
+            pass
+        assert capfd.readouterr().err.count("waiting for them") == 1
+    finally:
+        os.close(inherited)
+    with processes_lock(tmp_path, 0.3):
+        assert not capfd.readouterr().err
