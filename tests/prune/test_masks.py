@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xutrain.errors import RecipeError
-from xutrain.methods.prune.masks import Pattern, matrix_mask, row_mask, sparsity
+from xutrain.methods.prune.masks import Pattern, keep, matrix_mask, row_mask, sparsity
 
 
 def reference(score: torch.Tensor, p: float) -> torch.Tensor:
@@ -64,3 +64,27 @@ def test_bad_patterns_are_named(text: str) -> None:
 def test_groups_must_fill_the_row() -> None:
     with pytest.raises(RecipeError, match="not a multiple of 4"):
         row_mask(torch.rand(2, 10), Pattern.parse("2:4"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_keep_is_a_selection_bit_for_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(7, 12).to(dtype)
+    weight[0, 0], weight[0, 1], weight[1, 0] = -0.0, float("inf"), float("nan")
+    mask = torch.rand(7, 12) < 0.5
+    mask[0, 0], mask[0, 1], mask[1, 0] = True, False, False
+    expected = torch.where(mask, weight, torch.zeros((), dtype=dtype))
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    assert torch.equal(keep(weight, mask).view(bits), expected.view(bits))
+    assert torch.equal(keep(weight.T, mask.T).contiguous().view(bits), expected.T.contiguous().view(bits))  # not contiguous
+    assert keep(weight, mask, out=weight) is weight and torch.equal(weight.view(bits), expected.view(bits))
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "3:5", "1:1", "0:3", "4:16", "9:16"])
+def test_groups_equal_a_stable_sort_with_ties(text: str) -> None:
+    pattern = Pattern.parse(text)
+    assert pattern.of is not None and pattern.keep is not None
+    score = torch.randint(0, 4, (6, pattern.of * 5), generator=torch.Generator().manual_seed(1)).float()
+    order = score.view(6, -1, pattern.of).sort(dim=2, stable=True).indices[:, :, : pattern.of - pattern.keep]
+    expected = torch.ones(6, 5, pattern.of, dtype=torch.bool).scatter_(2, order, False).view(6, -1)
+    assert torch.equal(row_mask(score, pattern), expected)
