@@ -97,7 +97,7 @@ class Job:
         """Wait for so many changes of what the run has written, then a little; or for the end."""
         seen, end = self.written(), time.monotonic() + 120
         while changes and launcher.poll() is None and time.monotonic() < end:
-            time.sleep(0.002)
+            time.sleep(0.004)
             try:
                 now = self.written()
             except OSError:  # removed between looking and asking
@@ -208,10 +208,12 @@ def _endure(job: Job, whole: dict[str, Any], moments: random.Random, plan: list[
 
 @pytest.mark.parametrize("job", list(RUNS), indirect=True, ids=lambda r: r.split("/")[0])
 def test_each_of_them_is_killed(job: Job, runs: Path, request: pytest.FixtureRequest) -> None:
-    """The launcher of every verb, and before it a rank, all ranks or torchrun by turns."""
+    """The launcher of every verb, and where a verb has a loop of its own, before it a rank, all ranks or torchrun by turns."""
     recipe = request.node.callspec.params["job"]
-    other = ("rank", "ranks", "agent")[list(RUNS).index(recipe) % 3]
-    _endure(job, _uninterrupted(recipe, runs / "whole"), random.Random(recipe), [(other, False), ("launcher", False)])
+    loops = {FAMILIES[r.split("/")[0]].loop: r for r in reversed(RUNS)}
+    other = [("rank", "ranks", "agent")[list(loops.values()).index(recipe) % 3]] if recipe in loops.values() else []
+    plan = [(kind, False) for kind in (*other, "launcher")]
+    _endure(job, _uninterrupted(recipe, runs / "whole"), random.Random(recipe), plan)
 
 
 @pytest.mark.slow
