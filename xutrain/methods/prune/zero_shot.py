@@ -29,7 +29,9 @@ def zero_shot(folder: Path, tasks: list[str], device: str, *, task_folder: str |
         raise DataError(Issue("evaluation.tasks", "lm-eval is not installed", tasks, "pip install 'xutrain[eval]'")) from None
     if task_folder is not None and not Path(task_folder).is_dir():
         raise DataError(Issue("evaluation.task_folder", "no such folder", task_folder, "a folder with lm-eval task files (*.yaml)"))
-    manager = TaskManager(include_path=task_folder)
+    manager = None if task_folder is None else TaskManager(include_path=task_folder, include_defaults=False)
+    if manager is None or any(t not in manager.all_tasks for t in tasks):  # lm-eval's own index takes it half a minute
+        manager = TaskManager(include_path=task_folder)
     if unknown := [t for t in tasks if t not in manager.all_tasks]:
         where = f"lm-eval or {task_folder}" if task_folder else "lm-eval; evaluation.task_folder adds your own"
         raise DataError(Issue("evaluation.tasks", f"no such task in {where}", unknown, "list them: lm-eval ls tasks"))
