@@ -166,6 +166,22 @@ def align(
 
 
 @app.command()
+def export(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="model.NAME.json of every party of one run: its consent.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the merged model goes.")] = Path("model.merged.json"),
+) -> None:
+    """Merge the model files of all parties into one: coefficients of the raw columns, and the intercept."""
+    from xutrain.loops.vertical_export import merged, read
+
+    value = merged([(path, read(path)) for path in models])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(jsonlib.dumps(value, indent=1) + "\n", encoding="utf-8")
+    console.table(["column", "party", "coefficient"], [[c["column"], c["party"], c["coefficient"]] for c in value["coefficients"]])
+    console.out.print(f"intercept: {value['intercept']}", markup=False)
+    console.out.print(f"written: {out}", markup=False)
+
+
+@app.command()
 def identities(
     config: Config,
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the certificates go.")] = Path("identity"),

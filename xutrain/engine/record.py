@@ -48,6 +48,7 @@ class Record:
         self._started = time.monotonic()
         self._earlier_s = 0.0
         self._file: Any = None
+        self._noted: set[str] = set()
 
     @property
     def wall_s(self) -> float:
@@ -99,7 +100,7 @@ class Record:
                 sink.progress(step, total, unit, shown)
 
     def note(self, text: str) -> None:
-        """Keep a remark that a reader of the result must see, in run.json and on the console, once."""
+        """Keep a remark that a reader of the result must see, in run.json once, and show it once in every start of the run."""
         if not self.is_main:
             return
         run = read_json(self.folder / "run.json")
@@ -107,6 +108,8 @@ class Record:
         if text not in notes:
             notes.append(text)
             write_json(self.folder / "run.json", run)
+        if text not in self._noted:  # a second resumption from the same step says so again
+            self._noted.add(text)
             for sink in self._sinks:
                 sink.note(text)
 
