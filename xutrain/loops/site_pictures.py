@@ -52,12 +52,12 @@ def draw(job: Job, record: Record, answer: Answer, choice: Choice, masks: dict[i
             for line in (0, 1):
                 axes[line][column].set_axis_off()
                 picture = flat(image.mean(0), truth[0])[0]
-                axes[line][column].imshow(picture, cmap="gray", interpolation="nearest")
+                axes[line][column].imshow(picture.numpy(), cmap="gray", interpolation="nearest")
             for s in range(len(truth)):
                 _, wanted_mask, found = flat(image.mean(0), truth[s], masks[i][s])
                 for mask, colour, style in ((wanted_mask, TRUTH, "solid"), (found, PREDICTION, "dashed")):
                     if bool(torch.any(mask > 0)) and not bool(torch.all(mask > 0)):
-                        axes[1][column].contour(mask.float(), levels=[0.5], colors=colour, linestyles=style, linewidths=1.6)
+                        axes[1][column].contour(mask.float().numpy(), levels=[0.5], colors=colour, linestyles=style, linewidths=1.6)
             dice = float(answer.dice[i].nanmean())
             axes[0][column].set_title(f"Dice {dice:.2f}\nby {name_of(job, int(choice.route[i]))}", fontsize=9)
         handles = [Line2D([], [], color=TRUTH, label="truth"), Line2D([], [], color=PREDICTION, linestyle="dashed", label="prediction")]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import math
 import statistics
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,7 +140,9 @@ def hausdorff(masks: Tensor, truth: Tensor) -> list[list[float]]:
     both = masks.flatten(2).any(2) & truth.bool().flatten(2).any(2)
     for i, s in both.nonzero().tolist():
         one, other = masks[i : i + 1, s : s + 1].float(), truth[i : i + 1, s : s + 1].float()
-        found[i, s] = float(compute_hausdorff_distance(one, other, include_background=True, percentile=95))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # MONAI's own call of an option that it is about to drop
+            found[i, s] = float(compute_hausdorff_distance(one, other, include_background=True, percentile=95))
     value: list[list[float]] = found.tolist()
     return value
 
