@@ -353,7 +353,7 @@ def test_missing_data_is_told_before_submission(
     assert run(line) == 3
     told = " ".join(capfd.readouterr().err.split())
     assert all(s in told for s in says) and "data_on_nodes: true" in told, told
-    assert not fake.read_text() and not list((tmp_path / "runs").rglob("run.json"))
+    assert not fake.read_text() and not (tmp_path / "runs").exists()
     assert run([*line, "--cluster", _profile(tmp_path, "data_on_nodes: true")]) == 0
     assert fake.read_text().startswith("sbatch --parsable")
 

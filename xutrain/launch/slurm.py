@@ -47,10 +47,10 @@ def launch(plans: list[RunPlan], cluster: str | None, *, dry_run: bool = False, 
     if todo and shutil.which("sbatch") is None:
         hint = "submit from a login node, or see the script with --dry-run; without SLURM leave --launcher out"
         raise UsageError(Issue("--launcher", "slurm needs `sbatch`, which is not on PATH", "slurm", hint))
-    for plan in todo:
-        _refuse_busy(plan)
     if not profile.data_on_nodes:
         _refuse_missing(todo)
+    for plan in todo:
+        _refuse_busy(plan)
     jobs: dict[Path, str] = {}
     with contextlib.ExitStack() as undo:
         for batch in batches:
