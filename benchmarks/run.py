@@ -42,7 +42,7 @@ class Script:
 
 #: name -> script, in the order of the report
 SCRIPTS = {
-    "codecs": Script("codecs.py", ("--repeats", "3"), 2, 120),
+    "codecs": Script("codecs.py", ("--repeats", "3"), 2, 150),
     "data_parallel": Script("data_parallel.py", ("--rounds", "5"), 1, 200),
     "links": Script("links.py", ("--rounds", "5"), 1, 200),
     "prediction": Script("prediction.py", (), 1, 120),
