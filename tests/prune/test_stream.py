@@ -95,3 +95,12 @@ def test_bfloat16_forward_pass(mixtral: tuple[Path, Any], tmp_path: Path, method
     exact = prune_checkpoint(mixtral[0], tmp_path / "exact", tokens(), method=method, rescale=True)
     report = prune_checkpoint(mixtral[0], tmp_path / "out", tokens(), method=method, compute=torch.bfloat16, rescale=True)
     assert report.sparsity == pytest.approx(0.5, abs=0.03) and report.error == pytest.approx(exact.error, rel=0.1)
+
+
+def test_kept_weights_are_the_files_own_whatever_the_compute_dtype(tmp_path: Path) -> None:
+    save("mixtral", tmp_path / "dense", dtype=torch.float32)
+    prune_checkpoint(tmp_path / "dense", tmp_path / "out", tokens(), compute=torch.bfloat16)
+    arch, before, after = Architecture.read(tmp_path / "dense"), Source(tmp_path / "dense"), Source(tmp_path / "out")
+    for name in (n for layer in range(arch.layers) for n in arch.expert_names(layer)):
+        old, new = before.read(name), after.read(name)
+        assert torch.equal(new[new != 0], old[new != 0]) and float((new == 0).float().mean()) == pytest.approx(0.5)

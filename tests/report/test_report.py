@@ -243,3 +243,32 @@ def test_metrics_made_of_curves(fill: Any, runs: Path) -> None:
     assert claims.value(found, f"reach:test_accuracy:{0.75 * last}:bits_up") == pytest.approx(1500.0)
     assert claims.value(found, f"reach:test_accuracy:{0.75 * last}:test_loss") == pytest.approx(1 - 0.75 * last)
     assert claims.value(found, "reach:test_accuracy:2:step") is None and part_table.cells
+
+
+def test_pictures_of_runs_are_shown_with_captions(fill: Any, runs: Path) -> None:
+    table = fill(VALUES)
+    for state in sorted(runs.rglob("state.json")):
+        folder = state.parent / "artefacts"
+        folder.mkdir()
+        (folder / "schedule.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", encoding="utf-8")
+        (folder / "table.csv").write_text("a,b\n", encoding="utf-8")
+        (folder / "elsewhere.png").symlink_to("/etc/hostname")
+    part = build.section(table, runs)
+    assert [p["caption"] for p in part["pictures"]] == ["full: schedule (seed 0)", "ORQ-3: schedule (seed 0)"]
+    report = {"title": "t", "count": {"cells": 2, "done": 2, "claims": 0, "held": 0}, "faults": [], "suites": [part]}
+    files = page.write(report, runs / "reports" / "x", ["md", "html"])
+    html = Path(files["html"]).read_text(encoding="utf-8")
+    assert html.count('<img loading="lazy" src="data:image/svg+xml;base64,') == 2 and "alert(1)" not in html
+    assert html.count("<figcaption>") == html.count("<figure") and "Where these numbers come from" in html
+    text = Path(files["md"]).read_text(encoding="utf-8")
+    assert "![full: schedule (seed 0)](mine-fp-digits-schedule.svg)" in text
+    assert (runs / "reports" / "x" / "mine-fp-digits-schedule.svg").is_file()
+
+
+def test_every_number_of_the_page_has_its_source_in_the_page(fill: Any, runs: Path) -> None:
+    part = build.section(fill(VALUES), runs)
+    report = {"title": "t", "count": {"cells": 2, "done": 2, "claims": 0, "held": 0}, "faults": ["x"], "suites": [part]}
+    html = page.html(report)
+    for cell in part["cells"]:
+        for run_ in cell["runs"]:
+            assert run_["folder"] in html and run_["recipe_hash"] in html and (run_["commit"][:10] or "not known") in html
