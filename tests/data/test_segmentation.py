@@ -116,3 +116,16 @@ def test_trains() -> None:
         optimizer.step()
     after = evaluate(net, task, "test", Context(0))
     assert after["dice"] > before["dice"] + 0.1 and after["loss"] < before["loss"] - 0.1
+
+
+def test_monai_comes_when_it_is_needed() -> None:
+    """Options are checked, and help is shown, without it: it takes seconds to import."""
+    import subprocess
+    import sys
+
+    parts = [("dataset", f"medical_{name}") for name in ("synthetic", "brains", "datalists")] + [("model", "unet")]
+    code = (
+        f"import sys\nfrom xutrain import registry\nfor kind, name in {parts!r}: registry.load(kind, name).Options\n"
+        "import xutrain.data.prostate_files, xutrain.data.fundus_files, xutrain.models.selector\nassert 'monai' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

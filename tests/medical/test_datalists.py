@@ -15,6 +15,7 @@ import torch
 from xutrain import registry
 from xutrain.data.medical_lists import read_list, share
 from xutrain.data.segmentation import SegmentationTask
+from xutrain.engine.rng import Key
 from xutrain.errors import DataError, XutrainError
 
 
@@ -236,6 +237,17 @@ def test_sizes_that_differ_or_do_not_fit_the_net(two: Path) -> None:
     net = registry.load("model", "unet")
     with pytest.raises(XutrainError, match=r"case0.nii.gz \(site A\)"):
         net.build(net.Options(), build(two, dims=3, size=None))
+
+
+def test_patches_of_volumes_of_different_sizes(two: Path) -> None:
+    """With patches, volumes of several sizes (and smaller than a patch) are padded to one."""
+    shape = (12, 20, 6)
+    tiny.nifti(two / "B/Image/case0.nii.gz", tiny.scan(np.random.default_rng(0), tiny.ellipsoid(shape)))
+    tiny.nifti(two / "B/Mask/case0.nii.gz", tiny.ellipsoid(shape).astype(np.uint8))
+    task = build(two, dims=3, size=None, patch=[8, 8, 8])
+    assert task.scans.images.shape[2:] == (8, 20, 16) and task.input_shape == (1, 8, 8, 8)
+    assert task.batch(torch.arange(4), Key(0)).inputs.shape == (4, 1, 8, 8, 8)
+    assert int(task.scans.masks[task.scans.cases.index("B/case0")].sum()) == int(tiny.ellipsoid(shape).sum())
 
 
 def test_lists_that_are_wrong(two: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 
@@ -34,7 +35,9 @@ class MedicalDatalists:
         dims: Literal[2, 3] = Field(
             2, description="2 takes pictures, or the axial slices of volumes that show a structure; 3 takes volumes."
         )
-        size: list[Side] | None = Field([256, 256], description="Samples are brought to this size (3-D: depth first); null keeps theirs.")
+        size: list[Side] | None = Field(
+            [256, 256], description="Samples are brought to this size (3-D: depth first); null keeps theirs, padded to one with patch."
+        )
         fit: Literal["resize", "pad"] = Field("resize", description="How they are brought to size: interpolation, or padding and cropping.")
         spacing: list[float] | None = Field(None, description="Resample volumes to these millimetres (depth, height, width) first.")
         channels: Side = Field(1, description="Channels of an image; pictures are converted to grey for 1, to RGB for 3.")
@@ -90,11 +93,11 @@ class MedicalDatalists:
             options.fit,
             options.empty,
         )
-        splits = _loaded(items, form, names)
+        patch = None if options.patch is None else tuple(options.patch)
+        splits = _loaded(items, form, names, patch)
         origin = ""
         if options.size is None:
             origin = f"{items[0].image[0]} (site {items[0].site}) and all others are of this size; data.size can change it"
-        patch = None if options.patch is None else tuple(options.patch)
         task = SegmentationTask(
             "medical_datalists",
             splits,
@@ -143,8 +146,8 @@ def _first_cases(items: list[Item], limit: int) -> list[Item]:
     return kept
 
 
-def _loaded(items: list[Item], form: Form, names: tuple[str, ...]) -> dict[str, Scans]:
-    """All samples by split. Raises DataError with a line for every case that is wrong."""
+def _loaded(items: list[Item], form: Form, names: tuple[str, ...], patch: tuple[int, ...] | None) -> dict[str, Scans]:
+    """All samples by split; of different sizes only with patches: they are then padded to one. Raises DataError with all faults."""
     problems: list[Issue] = []
     parts: dict[str, list[Scans]] = {}
     known: dict[str, Item] = {}
@@ -159,11 +162,16 @@ def _loaded(items: list[Item], form: Form, names: tuple[str, ...]) -> dict[str, 
         if not len(found.images):
             continue
         shape = tuple(found.images.shape[2:])
-        if sizes and shape not in sizes:
+        if sizes and shape not in sizes and patch is None:
             first, other = next(iter(sizes.items()))
             what = f"size {shape}, and {other.image[0].name} of site {other.site} has {first}"
             problems.append(
-                Issue(f"{item.image[0]} (site {item.site})", what, has_value=False, hint="set data.size to bring all to one size")
+                Issue(
+                    f"{item.image[0]} (site {item.site})",
+                    what,
+                    has_value=False,
+                    hint="set data.size to bring all to one size, or data.patch",
+                )
             )
             continue
         sizes.setdefault(shape, item)
@@ -173,7 +181,21 @@ def _loaded(items: list[Item], form: Form, names: tuple[str, ...]) -> dict[str, 
     for split in ("train", "test"):
         if split not in parts:
             raise DataError(Issue("data.lists", f"no {split} sample is left", has_value=False, hint="every mask of it is empty"))
+    if patch is not None:
+        largest = tuple(max(sides) for sides in zip(patch, *sizes, strict=True))
+        parts = {split: [_padded(s, largest) for s in scans] for split, scans in parts.items()}
     return {split: Scans.join(scans) for split, scans in parts.items()}
+
+
+def _padded(scans: Scans, size: tuple[int, ...]) -> Scans:
+    """Samples with zeros about them, up to ``size``."""
+    from monai.transforms import SpatialPad
+
+    if tuple(scans.images.shape[2:]) == size:
+        return scans
+    pad = SpatialPad((scans.images.shape[1], *size))  # samples travel as channels
+    image, mask = (torch.as_tensor(np.asarray(pad(part))) for part in (scans.images, scans.masks))
+    return Scans(image, mask, scans.sites, scans.cases)
 
 
 def _scans(found: Loaded, item: Item, site: int) -> Scans:
