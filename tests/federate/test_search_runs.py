@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mime": ("mime", changes(space=f"{{lr: {LR}, weights: {{}}}}")),
     "partial": ("scaffold", changes(space=f"{{lr: {LR}, weights: {{form: simplex}}}}", **{"clients.fraction": 0.5})),
     "rollouts": ("fedavg", changes(**{"search.rollouts": 3, "search.rollout_apply": "best", "data.val_fraction": 0.1})),
+    "dropout": ("fedavg", changes(**{"clients.dropout": 0.4})),
     "codec": ("fedavg", changes(**{"codec": "{name: orq}"})),
     "statistics": ("fedavg", changes(**{"model": "{name: resnet_cifar, depth: 8, width: 4}", "train.rounds": 2, "data.subset": 120})),
 }  # fmt: skip

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from xutrain.loops.federated import Job
 
 #: parts of metric names that are no progress of the run, so have no mean and best over its rounds
-ASIDE = ("_site_", "_with_", "_gamma_", "_selector", "_routed", "_hd95", "loss")
+ASIDE = ("_site_", "_with_", "_gamma_", "_selector", "_routed", "_hd95", "loss", "excess")
 
 
 def measure(job: Job, ctx: Context, split: str) -> dict[str, float]:
