@@ -46,7 +46,7 @@ FAMILIES: dict[str, Family] = {
         ),
         _family(
             "federate",
-            "Train across clients: DOMO and every momentum and drift baseline.",
+            "Train across clients: DOMO, FedSM, Auto-FedRL and their baselines.",
             "federated",
             ("2102.03970", "2203.10144", "2203.06338"),
             "domo",
