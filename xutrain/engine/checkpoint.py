@@ -122,12 +122,27 @@ class Checkpoints:
         sums = {f.name: _digest(f) for f in sorted(aside.iterdir())}
         (aside / _MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=1), encoding="utf-8")
         _sync(aside / _MANIFEST)
-        if final.exists():
-            shutil.rmtree(final)
+        before = self.folder / f".step-{step:06d}.before"
+        if final.exists():  # stopped again where it went on: never without one of the two
+            shutil.rmtree(before, ignore_errors=True)
+            os.replace(final, before)
         os.replace(aside, final)
         _sync(self.folder)
+        shutil.rmtree(before, ignore_errors=True)
         for old in self._steps()[: -self.options.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            gone = old.with_name(f".{old.name}.gone")  # a name goes at once, its files do not
+            os.replace(old, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def _tidy(self) -> None:
+        """After a kill: bring back a checkpoint whose successor did not come, remove what was being written or removed."""
+        for before in self.folder.glob(".step-*.before"):
+            final = self.folder / before.name.removeprefix(".").removesuffix(".before")
+            if not final.exists():
+                os.replace(before, final)
+        for pattern in (".step-*.before", ".step-*.aside", ".step-*.gone"):
+            for left in self.folder.glob(pattern):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _agree(self, problem: str) -> None:
         """Fail together: a process that alone could not write would leave the others waiting."""
@@ -139,10 +154,15 @@ class Checkpoints:
     def _steps(self) -> list[Path]:
         return sorted((p for p in self.folder.glob("step-*") if p.is_dir()), key=lambda p: int(p.name.split("-")[1]))
 
-    def latest(self) -> Saved | None:
-        """The newest checkpoint whose files match their checksums; damaged ones are passed over with a note."""
+    def latest(self, *, own: bool = True) -> Saved | None:
+        """The newest checkpoint whose files match their checksums; damaged ones are passed over with a note.
+
+        ``own=False`` leaves the folder as it is: another run may be writing there.
+        """
         chosen = ""
         if self.ctx.is_main:
+            if own:
+                self._tidy()
             for folder in reversed(self._steps()):
                 reason = damage(folder)
                 if not reason:

@@ -269,7 +269,7 @@ def _given(recipe: Any, ctx: Context) -> Saved | None:
     folder = getattr(recipe, "resume_from", None)
     if folder is None:
         return None
-    saved = Checkpoints(Path(folder), recipe.checkpoint, ctx).latest()
+    saved = Checkpoints(Path(folder), recipe.checkpoint, ctx).latest(own=False)
     if saved is None:
         raise RecipeError(Issue("resume_from", "has no whole checkpoint", folder, "name a run folder, as `xutrain runs ls` prints them"))
     return saved
