@@ -148,14 +148,18 @@ def compressor(folder: Path, out: Path, samples: int, length: int) -> None:
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
-    from transformers import AutoModelForCausalLM
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     start, clock = resident(), spent()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokens = calibration(samples, length).tolist()
     data = Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * length] * samples})
     modifier = WandaPruningModifier(sparsity=0.5, mask_structure="0:0", targets=["re:.*experts.*(w1|w2|w3|gate_proj|up_proj|down_proj)$"])
-    oneshot(model=model, dataset=data, recipe=modifier, num_calibration_samples=samples, max_seq_length=length, output_dir=str(out))
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"x": 0}, "x")), pad_token="x")  # asked for, not used
+    calibrated = {"num_calibration_samples": samples, "max_seq_length": length, "shuffle_calibration_samples": False}
+    oneshot(model=model, processor=words, dataset=data, recipe=modifier, output_dir=str(out), **calibrated)
     told(start, clock)
 
 
