@@ -203,7 +203,7 @@ def _endure(job: Job, whole: dict[str, Any], moments: random.Random, plan: list[
     assert launcher.returncode == 0, told
     job.gone(5)
     _assert_same(job.folder, whole)
-    assert not [p for p in job.folder.rglob("*") if ".aside" in p.name or p.name.startswith(".run.json.")]
+    assert not [p for p in job.folder.rglob(".*") if p.suffix in (".aside", ".gone", ".before") or p.name.startswith(".run.json.")]
 
 
 @pytest.mark.parametrize("job", list(RUNS), indirect=True, ids=lambda r: r.split("/")[0])
