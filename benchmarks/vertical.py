@@ -197,24 +197,29 @@ def vertimosaic(quick: bool) -> tuple[list[Row], list[Ratio]]:
     inside = peer_python("vertimosaic")
     if inside is None:
         return [], [
-            Ratio("VertiMosaic: seconds of training / ours", None, "", "no environment: python benchmarks/peers/make.py vertimosaic")
+            Ratio(
+                "VertiMosaic: processor seconds of training / ours", None, "", "no environment: python benchmarks/peers/make.py vertimosaic"
+            )
         ]
     from xutrain.launch.parties import simulate
 
     epochs = 3 if quick else 30
-    words = [f"train.epochs={epochs}", "method.estimator=sgd", "eval.alone=false", "eval.every_epochs=null"]
-    recipes = {mode: load("credit", "vertical", [*words, f"security.mode={mode}"]).recipe for mode in ("plain", "pairwise")}
+    words = [f"train.epochs={epochs}", "eval.alone=false", "eval.every_epochs=null"]
+    recipes = {
+        f"{mode}, {name}": load("credit", "vertical", [*words, f"security.mode={mode}", f"method.estimator={name}"]).recipe
+        for mode, name in (("plain", "sgd"), ("pairwise", "sgd"), ("pairwise", "svrg"))
+    }
     rows: list[Row] = []
-    data = vertical.build(recipes["plain"], Context(0)).data
+    data = vertical.build(recipes["plain, sgd"], Context(0)).data
     names = [p.name for p in data.parties]
     for mode, recipe in recipes.items():
         job = vertical.build(recipe, Context(0))
-        began = time.perf_counter()
+        began = time.process_time()
         for seat in job.seats:
             seat.begin(job.net)
         while job.net.step():
             pass
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         found = vertical.measure(recipe, job, References(recipe, job.data))
         sent = job.net.ledger()
         rows.append(_peer_row(f"xutrain, simulation, {mode}", seconds, sent, found))
@@ -224,28 +229,36 @@ def vertimosaic(quick: bool) -> tuple[list[Row], list[Ratio]]:
         np.savez(Path(folder) / "data.npz", parties=np.array(names), y=(data.y > 0).astype(float), options=np.array(options), **blocks)
         script = Path(__file__).resolve().parent / "peers" / "run_vertimosaic.py"
         done = subprocess.run([str(inside), str(script), str(Path(folder) / "data.npz")], capture_output=True, text=True, check=True)
-        simulate(recipes["pairwise"], Path(folder) / "tls", lambda text: None)
+        simulate(recipes["pairwise, sgd"], Path(folder) / "tls", lambda text: None)
         last = history(Path(folder) / "tls", names[0])[-1]
         lines = [json.loads(text) for p in names for text in (Path(folder) / "tls" / p / f"ledger.{p}.jsonl").read_text().splitlines()]
     theirs = json.loads(done.stdout.splitlines()[-1])
     z = np.array(theirs["scores"])
     penalty = 0.005 * sum(float(np.square(w).sum()) for w in theirs["weights"].values())
     objective = float(np.logaddexp(0.0, -data.y * z).mean()) + penalty
-    row = {"table": "VertiMosaic, German credit", "program": "xutrain, three processes over TLS, pairwise", "seconds": last["seconds"]}
+    row = {"table": "VertiMosaic, German credit", "program": "xutrain, three processes over TLS, pairwise, sgd", "wall s": last["seconds"]}
     row |= {"messages": sum(x["messages"] for x in lines), "bytes": sum(x["bytes"] for x in lines)}
     rows.append({**row, "AUC": last["train_auc"], "objective": last["objective"]})
-    row = {"table": row["table"], "program": f"VertiMosaic {theirs['version']}, in memory, nothing masked", "seconds": theirs["seconds"]}
+    row = {
+        "table": row["table"],
+        "program": f"VertiMosaic {theirs['version']}, in memory, nothing masked",
+        "processor s": theirs["seconds"],
+    }
     rows.append({**row, "messages": theirs["messages"], "bytes": theirs["bytes"], "AUC": auc(z, data.y), "objective": objective})
     return rows, [
-        Ratio("VertiMosaic: seconds of training / ours, simulation, nothing masked", rows[3]["seconds"] / rows[0]["seconds"], ">= 1"),
-        Ratio("VertiMosaic: bytes / ours, nothing masked", rows[3]["bytes"] / rows[0]["bytes"], ""),
-        Ratio("VertiMosaic: AUC minus ours", rows[3]["AUC"] - rows[0]["AUC"], ""),
+        Ratio(
+            "VertiMosaic: processor seconds of training / ours, simulation, nothing masked",
+            rows[-1]["processor s"] / rows[0]["processor s"],
+            ">= 1",
+        ),
+        Ratio("VertiMosaic: bytes / ours, nothing masked", rows[-1]["bytes"] / rows[0]["bytes"], ""),
+        Ratio("VertiMosaic: AUC minus ours", rows[-1]["AUC"] - rows[0]["AUC"], ""),
     ]
 
 
 def _peer_row(program: str, seconds: float, ledger: Any, found: Row) -> Row:
     count, bits = sum(ledger.messages.values()), sum(ledger.bits.values())
-    row = {"table": "VertiMosaic, German credit", "program": program, "seconds": seconds, "messages": count, "bytes": bits // 8}
+    row = {"table": "VertiMosaic, German credit", "program": program, "processor s": seconds, "messages": count, "bytes": bits // 8}
     return {**row, "AUC": found["train_auc"], "objective": found["objective"]}
 
 
