@@ -1,7 +1,7 @@
 """Any xutrain codec in a plain PyTorch DistributedDataParallel loop; the lines marked "new" are all that changes.
 
     torchrun --nproc-per-node 2 examples/ddp_hook.py                                        ORQ-9, no error feedback
-    torchrun --nproc-per-node 2 examples/ddp_hook.py --codec random_block ratio=64 --feedback --coeff 0.3        DEF
+    torchrun --nproc-per-node 2 examples/ddp_hook.py --codec random_block ratio=64 --feedback --coeff 0.5        DEF
     torchrun --nproc-per-node 2 examples/ddp_hook.py --codec bingrad_b --state residuals    saves each rank's state at the end
 
 Handwritten digits that scikit-learn brings, an MLP, a few seconds.
