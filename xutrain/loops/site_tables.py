@@ -46,7 +46,7 @@ def write(job: Job, ctx: Context, record: Record, said: dict[int, Answer], choic
             for m, a in said.items()
         }
     main = [r for r in rows if job.eval.sites == "all" or bool(r["seen"]) == (job.eval.sites == "seen")]
-    far = [float(r["hd95"]) for r in main if isinstance(r["hd95"], float)]
+    far = _numbers(main, "hd95")
     if ctx.is_main:
         with record.artefact("dice.csv").open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(rows[0]))
@@ -156,7 +156,7 @@ def quartiles(values: list[float]) -> dict[str, float | int | None]:
 
 
 def _numbers(rows: list[dict[str, Cell]], column: str) -> list[float]:
-    return [float(r[column]) for r in rows if isinstance(r[column], float)]
+    return [value for row in rows if isinstance(value := row[column], float)]
 
 
 def site_summary(rows: list[dict[str, Cell]]) -> list[dict[str, Any]]:
