@@ -66,6 +66,9 @@ def test_volumes_and_patches(two: Path) -> None:
     task = build(two, dims=3, size=[4, 16, 16])
     assert task.input_shape == (1, 4, 16, 16) and task.num_train == 6
     patched = build(two, dims=3, size=[4, 16, 16], patch=[4, 8, 8], spacing=[1.0, 2.0, 2.0], fit="pad")
+    for each in (task, patched, build(two)):
+        batch = each.batch(torch.arange(2), Key(0))
+        assert type(each.scans.images) is type(each.scans.masks) is type(batch.inputs) is type(batch.targets) is torch.Tensor
     assert patched.input_shape == (1, 4, 8, 8) and patched.scans.images.shape[2:] == (4, 16, 16)
 
 

@@ -51,6 +51,7 @@ def test_sliding_window() -> None:
     assert net(torch.zeros(1, 1, 16, 8, 12)).shape == (1, 1, 16, 8, 12)
     inside = torch.randn(2, 1, 8, 8, 8)
     assert torch.equal(net(inside), net.net(inside))  # type: ignore[operator]
+    assert net(torch.zeros(1, 1, 7, 5, 3)).shape == (1, 1, 7, 5, 3)
     net.net = torch.nn.Conv3d(1, 1, 1)
     large = torch.randn(1, 1, 12, 8, 20)
     assert torch.allclose(net(large), net.net(large), atol=1e-6)
@@ -61,6 +62,7 @@ def test_sliding_window() -> None:
     [
         ((1, 30, 32), {}, "data.size"),
         ((1, 20, 32, 32), {}, "data.size"),
+        ((1, 16, 16, 16), {}, "data.size"),
         ((1, 32, 32), {"strides": [2, 2]}, "model.strides"),
         ((1, 32, 32), {"window": [16, 16, 16]}, "model.window"),
         ((1, 32, 32), {"window": [8, 32]}, "model.window"),
@@ -100,3 +102,15 @@ def test_volumes_are_judged_by_their_slices() -> None:
     assert torch.equal(slices_of(volumes, torch.tensor([1, 3])), volumes[:, 0, [1, 3]].reshape(4, 1, 16, 16))
     images = torch.rand(3, 1, 16, 16)
     assert slices_of(images) is images and torch.allclose(vote(small, images), torch.softmax(small(images), 1))
+
+
+def test_whole_volumes_must_fit_unless_there_is_a_window() -> None:
+    from xutrain.data.segmentation import Scans, SegmentationTask
+
+    mask = torch.ones(2, 1, 10, 16, 16, dtype=torch.uint8)
+    scans = Scans(mask.float(), mask, torch.zeros(2, dtype=torch.int64), ("a", "b"))
+    task = SegmentationTask("t", {"train": scans, "test": scans}, ("x",), ("s",), patch=(8, 8, 8))
+    options = {"channels": [4, 8, 8], "strides": [2, 2]}
+    with pytest.raises(RecipeError, match=r"data\.size.*multiples of 4"):
+        _unet(task, **options)
+    assert _unet(task, **options, window=[8, 8, 8]).eval()(scans.images).shape == (2, 1, 10, 16, 16)

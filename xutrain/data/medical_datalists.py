@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 
@@ -96,7 +95,7 @@ class MedicalDatalists:
         patch = None if options.patch is None else tuple(options.patch)
         splits = _loaded(items, form, names, patch)
         origin = ""
-        if options.size is None:
+        if options.size is None and patch is None:
             origin = f"{items[0].image[0]} (site {items[0].site}) and all others are of this size; data.size can change it"
         task = SegmentationTask(
             "medical_datalists",
@@ -190,11 +189,12 @@ def _loaded(items: list[Item], form: Form, names: tuple[str, ...], patch: tuple[
 def _padded(scans: Scans, size: tuple[int, ...]) -> Scans:
     """Samples with zeros about them, up to ``size``."""
     from monai.transforms import SpatialPad
+    from monai.utils import convert_to_tensor
 
     if tuple(scans.images.shape[2:]) == size:
         return scans
     pad = SpatialPad((scans.images.shape[1], *size))  # samples travel as channels
-    image, mask = (torch.as_tensor(np.asarray(pad(part))) for part in (scans.images, scans.masks))
+    image, mask = (convert_to_tensor(pad(part)) for part in (scans.images, scans.masks))
     return Scans(image, mask, scans.sites, scans.cases)
 
 

@@ -230,12 +230,13 @@ def _scaled(image: Any, form: Form) -> Tensor:
 def _fitted(image: Tensor, masks: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Linear interpolation with aligned corners, masks cut at 0.5 afterwards; or padding and cropping about the centre."""
     from monai.transforms import Resize, ResizeWithPadOrCrop
+    from monai.utils import convert_to_tensor
 
     assert form.size is not None
     if tuple(image.shape[1:]) == form.size:
         return image, masks
     if form.fit == "pad":
         pad = ResizeWithPadOrCrop(form.size)
-        return torch.as_tensor(pad(image)), torch.as_tensor(pad(masks))
+        return convert_to_tensor(pad(image)), convert_to_tensor(pad(masks))
     resize = Resize(form.size, mode="bilinear" if len(form.size) == 2 else "trilinear", align_corners=True)
-    return torch.as_tensor(resize(image)), torch.as_tensor(resize(masks))
+    return convert_to_tensor(resize(image)), convert_to_tensor(resize(masks))

@@ -185,6 +185,7 @@ def _mirrored(images: Tensor, masks: Tensor, key: Key) -> tuple[Tensor, Tensor]:
 def _crops(images: Tensor, masks: Tensor, patch: tuple[int, ...], key: Key) -> tuple[Tensor, Tensor]:
     """One window of size ``patch`` a sample, its centre in a structure or outside with equal chances."""
     from monai.transforms import RandCropByPosNegLabeld
+    from monai.utils import convert_to_tensor
 
     crop = RandCropByPosNegLabeld(("image", "mask"), "mask", patch, pos=1, neg=1, num_samples=1, allow_smaller=False)
     pieces = []
@@ -192,5 +193,5 @@ def _crops(images: Tensor, masks: Tensor, patch: tuple[int, ...], key: Key) -> t
         crop.set_random_state(int(key.fold(worker=i).words[0]))
         whole = masks[i].amax(0, keepdim=True)
         piece = crop({"image": images[i], "mask": torch.cat([whole, masks[i]])})[0]
-        pieces.append((torch.as_tensor(piece["image"]), torch.as_tensor(piece["mask"])[1:]))
+        pieces.append((convert_to_tensor(piece["image"]), convert_to_tensor(piece["mask"])[1:]))  # without MONAI's metadata
     return torch.stack([p[0] for p in pieces]), torch.stack([p[1] for p in pieces])

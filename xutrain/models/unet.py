@@ -32,7 +32,7 @@ class UNet:
         norm: Literal["instance", "batch"] = Field("instance", description="Instance norm (no parameters) or batch norm (with statistics).")
         dropout: float = Field(0.0, ge=0, lt=1, description="Probability that a value is dropped in training.")
         window: list[Width] | None = Field(
-            None, description="Evaluate inputs larger than this by MONAI's sliding window of this size, overlap 1/4; null takes them whole."
+            None, description="Evaluate by MONAI's sliding window of this size, overlap 1/4; null takes samples whole."
         )
 
     @staticmethod
@@ -47,6 +47,9 @@ class UNet:
             raise option_issue("strides", what, options.strides, f"{len(options.channels) - 1} numbers")
         factor = math.prod(options.strides)
         check_size(task, task.input_shape[1:], factor, "patch" if getattr(task, "patch", None) else "size")
+        scans = getattr(task, "scans", None)
+        if options.window is None and scans is not None:
+            check_size(task, tuple(scans.images.shape[2:]), factor, "size")  # evaluation takes samples whole
         if options.window is not None:
             if len(options.window) != dims:
                 raise option_issue("window", f"must have {dims} numbers for this data set", options.window, "depth, height, width in 3-D")
@@ -67,24 +70,27 @@ class UNet:
 
 def check_size(task: Task, sides: tuple[int, ...], factor: int, key: str) -> None:
     """Refuse sides that ``factor`` does not divide. Raises RecipeError naming the key and, where the size is a file's own, the file."""
-    wrong = [side for side in sides if side % factor or side // factor < 1]
-    if not wrong:
-        return
+    if not any(side % factor for side in sides) and math.prod(side // factor for side in sides) > 1:
+        return  # a norm layer needs more than one element at the bottom
     origin = getattr(task, "origin", "")
-    what = f"the U-Net needs sides that are multiples of {factor}, the product of model.strides" + (f"; {origin}" if origin else "")
-    near = [max(factor, factor * round(side / factor)) for side in sides]
-    raise RecipeError(Issue(f"data.{key}", what, list(sides), f"for example {near}, or fewer or smaller model.strides"))
+    what = f"the U-Net needs sides that are multiples of {factor}, the product of model.strides, and at least one larger" + (
+        f"; {origin}" if origin else ""
+    )
+    near = [max(2 * factor if i else factor, factor * round(side / factor)) for i, side in enumerate(sides)]
+    raise RecipeError(
+        Issue(f"data.{key}", what, list(sides), f"for example {near}, fewer or smaller model.strides, or (data.patch) model.window")
+    )
 
 
 class Windowed(nn.Module):
-    """A net that, in evaluation, predicts inputs larger than ``window`` piece by piece."""
+    """A net that, in evaluation, predicts inputs of another size than ``window`` piece by piece, smaller ones padded to it."""
 
     def __init__(self, net: nn.Module, window: tuple[int, ...]) -> None:
         super().__init__()
         self.net, self.window = net, window
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.training or all(a <= b for a, b in zip(inputs.shape[2:], self.window, strict=True)):
+        if self.training or tuple(inputs.shape[2:]) == self.window:
             out: Tensor = self.net(inputs)
             return out
         from monai.inferers import sliding_window_inference
