@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import platform
+import runpy
 import shutil
 import socket
 import subprocess
@@ -185,11 +186,14 @@ class _Forked:
 
 def _party(arguments: list[str]) -> None:
     """In the child: the command, with nothing on stdout, as a party of its own would run it."""
-    from xutrain.cli.app import run
-
+    sys.argv = ["xutrain", *arguments]
+    code: Any = 0
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        code = run(arguments)
-    os._exit(code)
+        try:
+            runpy.run_module("xutrain", run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def _start(out: Path, party: str) -> _Forked | subprocess.Popen[bytes]:
