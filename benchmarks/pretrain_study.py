@@ -84,8 +84,8 @@ def rows_of(found: dict[str, list[Curve]], targets: list[float]) -> list[dict[st
         row: dict[str, Any] = {
             "method": label,
             "seeds": ", ".join(f"{v:.3f}" for v in last),
-            "mean": round(statistics.fmean(last), 3),
-            "std": round(statistics.stdev(last), 3) if len(last) > 1 else "",
+            "mean": f"{statistics.fmean(last):.3f}",
+            "std": f"{statistics.stdev(last):.3f}" if len(last) > 1 else "",
             "MB sent": round(curves[0].at["bytes"][-1], 1),
         }
         for target in targets:
