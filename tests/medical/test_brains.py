@@ -13,6 +13,7 @@ import yaml
 
 from xutrain import registry
 from xutrain.data import brains_files, store
+from xutrain.data import fetch as fetching
 from xutrain.data.prepare import prepare
 from xutrain.data.segmentation import SegmentationTask
 from xutrain.errors import DataError
@@ -120,3 +121,20 @@ def test_clusters_agree_with_maps_in_a_volume_with_noise() -> None:
     made = brains_files.tissues(np.clip(noisy, 0, None).astype(np.float32))
     for tissue in (1, 2):
         assert 2 * ((made == tissue) & (labels == tissue)).sum() / ((made == tissue).sum() + (labels == tissue).sum()) > 0.97
+
+
+def test_packages_that_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a source's packages are fetched, each into a folder of its own; one that fails makes the source unusable."""
+    calls: list[tuple[str, str]] = []
+    monkeypatch.setattr(fetching, "_client", lambda command, folder: calls.append((command[-1], folder.name)))
+    source = store.Source.model_validate({"pip": "one", "version": "1.0", "also": [{"npm": "two"}]})
+    assert fetching.fetch(source, tmp_path, print, alternatives=False) == tmp_path
+    assert calls == [("one==1.0", "0"), ("two", "1")] and source.label == "pip package one 1.0 and npm package two"
+
+    def fails(command: list[str], folder: Path) -> None:
+        if command[0] == "npm":
+            raise fetching.Unavailable("npm is not installed")
+
+    monkeypatch.setattr(fetching, "_client", fails)
+    with pytest.raises(fetching.Unavailable):
+        fetching.fetch(source, tmp_path, print, alternatives=False)
