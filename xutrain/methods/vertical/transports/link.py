@@ -160,5 +160,11 @@ def describe(error: Any) -> str:
     text = str(error.details() or "").splitlines()[0][:300] if callable(getattr(error, "details", None)) and error.details() else ""
     if code is grpc.StatusCode.UNAVAILABLE:
         text = text.split(": ")[-1]  # the rest lists addresses and retries
-    name = {grpc.StatusCode.UNAVAILABLE: "unreachable", grpc.StatusCode.DEADLINE_EXCEEDED: "no answer in time"}.get(code, "refused")
+    gone = (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.INTERNAL,
+    )  # a party that is closing
+    name = "unreachable" if code in gone else "no answer in time" if code is grpc.StatusCode.DEADLINE_EXCEEDED else "refused"
     return f"{name}: {text}" if text and name != "no answer in time" else name
