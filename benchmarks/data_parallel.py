@@ -191,7 +191,11 @@ def main() -> None:
             continue
         there = results[link]["variants"]
         for name in ("def-64", "orq-3", "bingrad-b"):
-            ratios.append(Ratio(f"{name}: step of fp32 / its step at {link}", there["fp32"]["step_s"] / there[name]["step_s"], ">= 1"))
+            more = 1e3 * (there[name]["cpu_s"] - there["fp32"]["cpu_s"])
+            less = 1e3 * 8 * (there["fp32"]["sent_bytes"] - there[name]["sent_bytes"]) / (laboratory.bandwidth(link) or 1e9)
+            why = f"a rank computes {more:.0f} ms more in a step, and its link is busy {less:.0f} ms less"
+            value = there["fp32"]["step_s"] / there[name]["step_s"]
+            ratios.append(Ratio(f"{name}: step of fp32 / its step at {link}", value, ">= 1", why))
         if link == "100mbit":
             best = min(there[n]["step_s"] for n in HOOKED)
             ratios.append(Ratio(f"step of PowerSGD / best of ours at {link}", there["powersgd-1"]["step_s"] / best, ">= 1"))
