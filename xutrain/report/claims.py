@@ -78,11 +78,10 @@ def _part(claim: Claim, column: str, cells: dict[tuple[str, str], CellRuns], sui
     if left is None or (other is not None and right is None):
         return {**part, "verdict": "absent"}
     ours = _values(left, claim.left, suite.metric_of(column))
-    theirs = (
-        _values(right, other, suite.metric_of(other.column or column))
-        if other is not None and right is not None
-        else {s: float(claim.right) for s in ours}
-    )  # type: ignore[arg-type]
+    if other is not None and right is not None:
+        theirs = _values(right, other, suite.metric_of(other.column or column))
+    else:
+        theirs = {s: float(claim.right) for s in ours}  # type: ignore[arg-type]
     seeds = sorted(ours.keys() & theirs.keys())
     if other is not None and right is not None and claim.left.metric is None and other.metric is None:
         gone = _diverged(claim, left, right, suite.better)
