@@ -19,7 +19,6 @@ from torch import Tensor
 from xutrain.methods.federate.base import Round
 from xutrain.recipe.search import FLOORS, ClientRange, Range, Space, Weights, bounds
 
-
 #: values beyond it would leave float32 as soon as they are multiplied
 LARGEST = 1e25
 
