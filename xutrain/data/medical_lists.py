@@ -78,11 +78,7 @@ def find_list(value: str, root: str) -> Path:
         if file.is_file():
             return file
     known = given.parts[0] if given.parts else ""
-    hint = (
-        f"xutrain data prepare {known} --source DIR"
-        if known.startswith(("prostate_", "fundus_"))
-        else "write a datalist"
-    )
+    hint = f"xutrain data prepare {known} --source DIR" if known.startswith(("prostate_", "fundus_")) else "write a datalist"
     places = ", ".join(str(p) for p in tried)
     raise DataError(Issue("data.lists", f"no such datalist (looked for {places})", value, f"{hint}; its form: docs/medical-data.md"))
 
