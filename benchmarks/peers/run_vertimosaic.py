@@ -1,7 +1,8 @@
 """Train VertiMosaic's vertical logistic regression on the arrays that vertical.py wrote: ``PYTHON run_vertimosaic.py DATA.npz``.
 
 Runs in VertiMosaic's own environment. Prints one JSON line: processor seconds of ``fit``, messages, bytes of payload as its
-transport counts them, weights by party. DATA.npz holds one array per party (the first one is active), y in {0, 1}, and the options of the run.
+transport counts them, weights by party. DATA.npz holds one array per party (the first one is active), y in {0, 1}, and the
+options of the run.
 """
 
 from __future__ import annotations
