@@ -26,12 +26,14 @@ def of_run(run: Run) -> list[Path]:
 def of_cells(cells: Iterable[tuple[str, str, str, str, list[Run]]]) -> list[dict[str, Any]]:
     """Pictures of cells (row, column, their labels, runs): of the first finished seed of each, a few a cell, a dozen in all.
 
-    Every cell shows its first picture before any shows its second.
+    Every cell shows its first picture before any shows its second. A run whose metrics fill several columns is shown once.
     """
+    shown: set[Path] = set()
     queues: list[list[dict[str, Any]]] = []
     for row, column, row_label, column_label, runs in cells:
         done = [r for r in runs if r.status == "done"]
-        if done:
+        if done and done[0].folder not in shown:
+            shown.add(done[0].folder)
             where = f"{row_label}, {column_label}" if column_label else row_label
             head = {"row": row, "column": column, "seed": done[0].seed, "run": str(done[0].folder)}
             queues.append(

@@ -72,6 +72,8 @@ def _render(panel: dict[str, Any], kind: str, *, ink: str, grid: str, salt: str)
         axes.set_ylabel(_label(panel["y"]) + (" (logarithmic)" if panel["log_y"] else ""))
         if panel["log_x"]:
             axes.set_xscale("log")
+        elif panel["x"] in ("step", "round", "epoch"):
+            axes.xaxis.get_major_locator().set_params(integer=True)
         if panel["log_y"]:
             axes.set_yscale("log")
         if kind == "png":
