@@ -245,6 +245,15 @@ def test_metrics_made_of_curves(fill: Any, runs: Path) -> None:
     assert claims.value(found, "reach:test_accuracy:2:step") is None and part_table.cells
 
 
+def test_pictures_of_a_run_with_several_columns_are_shown_once(fill: Any, runs: Path) -> None:
+    fill(VALUES)
+    run = build.runs.read(sorted((runs / "quantize" / "orq").glob("*/seed0"))[0])
+    (run.folder / "artefacts").mkdir()
+    (run.folder / "artefacts" / "overlay.png").write_bytes(b"x")
+    cells = [("fedsm", column, "FedSM", column, [run]) for column in ("seen", "unseen")]
+    assert [p["caption"] for p in build.pictures.of_cells(cells)] == ["FedSM, seen: overlay (seed 0)"]
+
+
 def test_pictures_of_runs_are_shown_with_captions(fill: Any, runs: Path) -> None:
     table = fill(VALUES)
     for state in sorted(runs.rglob("state.json")):
