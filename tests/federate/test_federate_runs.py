@@ -14,7 +14,7 @@ from xutrain.engine.record import Record
 from xutrain.errors import Diverged, RecipeError, Stopped
 from xutrain.loops import federated
 from xutrain.recipe.load import from_dict
-from xutrain.registry import entries
+from xutrain.registry import entries, load
 
 #: methods that want a data set of sites or a net with norm layers: tests/federate/test_fedsm_*.py
 ELSEWHERE = ("fedsm", "fedbn")
@@ -30,6 +30,8 @@ def recipe(method: str = "domo", **changes: Any) -> Any:
         "train": {"rounds": 3, "local_steps": 3, "batch_size": 8, "lr": 0.05},
         "method": {"name": method},
     }
+    if load("method", method, verb="federate").validates:
+        mapping["clients"]["val_fraction"] = 0.2
     return from_dict("federate", mapping, overrides=[f"{key}={value}" for key, value in changes.items()])
 
 

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from xutrain.methods.federate.base import Plan, Problem, Reply, Round, State, Traffic
+from xutrain.methods.federate.base import Plan, Problem, Reply, Round, State, Traffic, Validated
 from xutrain.methods.federate.double_momentum import DoubleMomentum
 from xutrain.registry import Named, method
 
@@ -49,7 +49,8 @@ class AutoFedAvg(DoubleMomentum):
         return {"model": model.clone(), "logits": logits, "deltas": {}}
 
     def step(self, state: State, plan: Plan, problem: Problem) -> Reply:
-        slope = problem.validation_gradient(plan.tensors["model"])  # type: ignore[attr-defined]
+        assert isinstance(problem, Validated)
+        slope = problem.validation_gradient(plan.tensors["model"])
         reply = super().step(state, plan, problem)
         reply.tensors["update"].mul_(-plan.lr * plan.mean_steps)  # w^j - w, whatever P_k is
         reply.tensors["slope"] = slope

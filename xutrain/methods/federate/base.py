@@ -226,6 +226,15 @@ class Problem(Protocol):
 
 
 @runtime_checkable
+class Validated(Protocol):
+    """A problem with held-out samples to learn from (not of the model: of how models are weighed)."""
+
+    def validation_gradient(self, point: Tensor) -> Tensor:
+        """Gradient at ``point`` of the mean loss over the client's held-out samples."""
+        ...
+
+
+@runtime_checkable
 class Networked(Protocol):
     """A problem with further networks."""
 

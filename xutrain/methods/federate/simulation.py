@@ -28,6 +28,9 @@ class Quadratic:
     def full_gradient(self, point: Tensor) -> Tensor:
         return self.gradient(point, 0)
 
+    def validation_gradient(self, point: Tensor) -> Tensor:
+        return self.gradient(point, 0)
+
     def evaluate(self, point: Tensor, split: str = "val") -> dict[str, float]:
         away = point - self.centre
         return {"loss": 0.5 * float(away @ self.curvature @ away)}
