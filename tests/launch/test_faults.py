@@ -184,3 +184,15 @@ def test_processes_of_a_killed_launcher_are_waited_for(tmp_path: Path, capfd: py
         os.close(inherited)
     with processes_lock(tmp_path, 0.3):
         assert not capfd.readouterr().err
+
+
+def test_a_start_that_dies_at_once_is_not_told_as_the_one_before(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, whole: bytes
+) -> None:
+    """A run that was stopped is started again, and its processes are killed before they say that they run."""
+    folder = _stopped(tmp_path / "runs", capfd)
+    with monkeypatch.context() as patched:
+        patched.setattr("xutrain.launch.run._start", lambda plan, lock: -9)
+        code, result, _ = _run(tmp_path / "runs", capfd)
+    assert (code, result["status"]) == (1, "failed") and "ended with exit code -9" in result["error"][0]
+    assert _run(tmp_path / "runs", capfd)[0] == 0 and _model(folder) == whole

@@ -36,6 +36,9 @@ def launch(plan: RunPlan) -> dict[str, Any]:
         if state:  # a request to stop was meant for the start before this one
             with contextlib.suppress(FileNotFoundError):
                 (plan.folder / "STOP").unlink()
+            # how that start ended says nothing of this one, whose processes may die before they can say "running"
+            kept = {k: v for k, v in state.items() if k not in ("error", "exit_code")}
+            write_json(plan.folder / "state.json", {**kept, "status": "queued", "updated": time.time()})
         return collect(plan, _start(plan, processes))
 
 
