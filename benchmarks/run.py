@@ -1,7 +1,8 @@
 """All benchmarks side by side in one run, and benchmarks/RESULTS.md: what `make bench` does.
 
-    python benchmarks/run.py                        everything, about 20 minutes on two cores
+    python benchmarks/run.py                        everything, at most 25 minutes (--minutes) on two cores
     python benchmarks/run.py --only codecs links    some of it; --quick: a minute or two, to see that all scripts work
+    python benchmarks/run.py --add --only pruning   that one anew, the other results as RESULTS.json beside the report has them
     python benchmarks/run.py --repeats 3            each script several times: medians of its numbers over the repeats
 
 Every script runs in a process of its own and writes its result with --json (see results.py); a number that appears in every
@@ -44,14 +45,16 @@ class Script:
 SCRIPTS = {
     "codecs": Script("codecs.py", ("--repeats", "3"), 2, 150),
     "data_parallel": Script("data_parallel.py", ("--rounds", "5"), 1, 200),
-    "links": Script("links.py", ("--rounds", "5"), 1, 200),
+    "links": Script("links.py", ("--rounds", "3"), 1, 200),
     "prediction": Script("prediction.py", (), 1, 120),
     "federated": Script("federated.py", (), 1, 300),
-    "federated_scale": Script("federated.py", ("--scale", "--clients", "2000"), 1, 180),
+    "federated_scale": Script("federated.py", ("--scale", "--clients", "1000"), 1, 180),
     "pretrain": Script("pretrain.py", (), 1, 180),
-    "pipeline": Script("pipeline.py", (), 1, 180),
-    "vertical": Script("vertical.py", (), 1, 180),
-    "pruning": Script("pruning.py", (), 1, 180),
+    "pipeline": Script("pipeline.py", ("padded", "unpadded", "--repeats", "1"), 1, 400),
+    "pipeline_stragglers": Script("pipeline.py", ("stragglers",), 1, 300),
+    "vertical": Script("vertical.py", ("sleeping", "tls", "credit", "vertimosaic"), 1, 400),
+    "vertical_straggler": Script("vertical.py", ("straggler",), 1, 400),
+    "pruning": Script("pruning.py", (), 1, 400),
 }
 
 
@@ -154,11 +157,12 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def report(results: dict[str, dict[str, Any]], quick: bool, seconds: float) -> str:
+def report(results: dict[str, dict[str, Any]], quick: bool) -> str:
     """RESULTS.md."""
     found = machine("transformers", "torchvision")
     lines = ["# Benchmarks", ""]
-    lines += [f"Written by `make bench` (`python benchmarks/run.py`) on {datetime.date.today()}, {seconds / 60:.0f} minutes in all."]
+    minutes = sum(result.get("seconds", 0.0) for result in results.values()) / 60
+    lines += [f"Written by `make bench` (`python benchmarks/run.py`) on {datetime.date.today()}, {minutes:.0f} minutes in all."]
     if quick:
         lines += ["", "**Made with --quick: shows that the scripts work. No number here is to be quoted.**"]
     lines += ["", ", ".join(f"{k} {v}" for k, v in found.items()) + "."]
@@ -178,7 +182,7 @@ def report(results: dict[str, dict[str, Any]], quick: bool, seconds: float) -> s
             lines += ["", f"No result: {result['fault']}.", *[f"    {line}" for line in result.get("said", [])]]
             continue
         repeats = result.get("repeats", 1)
-        lines[-1] += f", {result['seconds']:.0f} s" + (f", medians over {repeats} runs" if repeats > 1 else "")
+        lines[-1] += f", {result.get('made', '')}, {result['seconds']:.0f} s" + (f", medians over {repeats} runs" if repeats > 1 else "")
         lines += ["", *[f"- {note}" for note in result.get("notes", [])]] if result.get("notes") else []
         lines += tables(result["rows"])
     return "\n".join(lines) + "\n"
@@ -187,6 +191,7 @@ def report(results: dict[str, dict[str, Any]], quick: bool, seconds: float) -> s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SCRIPTS), metavar="NAME", help=f"of {', '.join(SCRIPTS)}")
+    parser.add_argument("--add", action="store_true", help="keep the results of others that an earlier run left in the .json")
     parser.add_argument("--quick", action="store_true", help="every script in its small form")
     parser.add_argument("--repeats", type=int, help="how often each script runs", default=None)
     parser.add_argument("--minutes", type=float, default=25, help="no script starts a further run after this long")
@@ -196,9 +201,12 @@ def main() -> int:
         parser.error("--repeats must be at least 1")
     began = time.perf_counter()
     results: dict[str, dict[str, Any]] = {}
+    if given.add and given.out.with_suffix(".json").exists():
+        results = json.loads(given.out.with_suffix(".json").read_text(encoding="utf-8"))["results"]
     with tempfile.TemporaryDirectory() as folder:
         for name in given.only or SCRIPTS:
-            script, runs = SCRIPTS[name], []
+            script = SCRIPTS[name]
+            runs: list[dict[str, Any]] = []
             for _ in range(given.repeats or (1 if given.quick else script.repeats)):
                 left = given.minutes * 60 - (time.perf_counter() - began)
                 if left <= 5:
@@ -207,9 +215,9 @@ def main() -> int:
                 runs.append(once(script, given.quick, Path(folder), min(script.limit_s, int(left))))
                 told = runs[-1].get("fault", "done")
                 print(f"{name}: {told}, {runs[-1].get('seconds', 0):.0f} s", flush=True)
-            results[name] = merged(runs)
-            spent = time.perf_counter() - began
-            given.out.write_text(report(results, given.quick, spent), encoding="utf-8")
+            results[name] = {**merged(runs), "made": f"{datetime.datetime.now():%Y-%m-%d %H:%M}"}
+            results = {known: results[known] for known in SCRIPTS if known in results}
+            given.out.write_text(report(results, given.quick), encoding="utf-8")
             kept = {"machine": machine(), "results": results}
             given.out.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     faults = [name for name, r in results.items() if "fault" in r]

@@ -48,10 +48,23 @@ def test_medians_over_runs(entry: ModuleType) -> None:
     merged = entry.merged([run(1.0, 1.0), run(3.0, 3.0), {"command": "c", "fault": "exit code 1"}, run(2.0, 2.5)])
     assert merged["rows"][0]["s"] == 2.0 and merged["repeats"] == 3
     assert merged["ratios"][0]["value"] == 2.5 and merged["ratios"][0]["met"] is True and merged["ratios"][0]["spread"] == [1.0, 3.0]
-    text = entry.report({"t": merged, "broken": {"command": "b", "fault": "exit code 1", "said": ["oh | no"]}}, False, 60.0)
+    text = entry.report({"t": merged, "broken": {"command": "b", "fault": "exit code 1", "said": ["oh | no"]}}, False)
     assert "1 of 1 met" in text and "| a | 2 |" in text and "No result: exit code 1" in text and "2.5 (1 to 3)" in text
-    missed = entry.report({"t": entry.merged([run(1.0, 1.0)])}, True, 60.0)
+    missed = entry.report({"t": entry.merged([run(1.0, 1.0)])}, True)
     assert "**no**: busy" in missed and "No number here is to be quoted" in missed
+
+
+def test_one_anew_keeps_the_others(entry: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = {"title": "T", "rows": [{"name": "a", "s": 1.0}], "ratios": []}
+    (tmp_path / "works.py").write_text(f"import sys; open(sys.argv[-1], 'w').write({json.dumps(json.dumps(result))})")
+    monkeypatch.setattr(entry, "HERE", tmp_path)
+    monkeypatch.setattr(entry, "SCRIPTS", {"first": entry.Script("works.py"), "second": entry.Script("works.py")})
+    out = tmp_path / "R.md"
+    for words, count in ((["--only", "second"], 1), (["--add", "--only", "first"], 2), (["--only", "first"], 1)):
+        monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(out), *words])
+        assert entry.main() == 0
+        assert out.read_text().count("## T") == count
+        assert list(json.loads(out.with_suffix(".json").read_text())["results"]) == ["first", "second"][:count] or count == 1
 
 
 @pytest.mark.parametrize(
