@@ -62,6 +62,7 @@ def _render(panel: dict[str, Any], kind: str, *, ink: str, grid: str, salt: str)
     }
     with matplotlib.rc_context(style):
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         rows = -(-len(panel["series"]) // 3)
         figure = Figure(figsize=(6.4, 3.7 + 0.22 * rows), layout="constrained")
@@ -73,7 +74,7 @@ def _render(panel: dict[str, Any], kind: str, *, ink: str, grid: str, salt: str)
         if panel["log_x"]:
             axes.set_xscale("log")
         elif panel["x"] in ("step", "round", "epoch"):
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins="auto", steps=[1, 2, 5, 10]))
         if panel["log_y"]:
             axes.set_yscale("log")
         if kind == "png":
