@@ -35,7 +35,7 @@ _spec.loader.exec_module(_shared)
 RUNS = {
     "quantize/orq": ["train.steps=60", "checkpoint.every=1", "eval.every=20", "log.every=1", "model.hidden=[16]"],
     "sparsify/def": ["train.steps=60", "checkpoint.every=1", "eval.every=20", "log.every=1", "model.hidden=[16]"],
-    "federate/domo": ["train.rounds=20", "checkpoint.every=1", "log.every=1"],
+    "federate/domo": ["train.rounds=60", "checkpoint.every=1", "log.every=1"],
     "pipeline/dsp": ["stages=2", "method.p=[2,0]", "method.m=[4,0]", "checkpoint.every=1", "log.every=1", "runtime={poll: 1, drain: end}"],
     "vertical/afsgd": ["data.parties=2", "checkpoint.every=60", "eval.every=120"],
     "prune/distill": ["distill.steps=20", "checkpoint.every=1", "log.every=1"],
@@ -183,11 +183,9 @@ def _endure(job: Job, whole: dict[str, Any], moments: random.Random, plan: list[
             else:
                 job.gone(20)
                 code = launcher.returncode
-                # ranks that lose torchrun are asked to stop, and may still agree on a step and save
-                status = {0: "done", 1: "failed", **({} if kind.startswith("rank") else {75: "stopped"})}
-                assert code in status and "Traceback" not in told, (kind, told)
+                assert code in (0, 1) and "Traceback" not in told, (kind, told)
                 assert code == 0 or "error:" in told, told
-                assert read_json(job.folder / "state.json")["status"] == status[code]
+                assert read_json(job.folder / "state.json")["status"] == ("failed" if code else "done")
             for kept in (job.folder / "checkpoints").glob("step-*"):
                 assert damage(kept) == "" or job.processes(), f"after {kind}: {kept} {damage(kept)}"
         else:
