@@ -187,14 +187,16 @@ def stragglers(unit_ms: float, batches: int, repeats: int, slow: tuple[float, ..
                     "s": f"{100 * s:.0f}%",
                     "measured ms": 1000 * measured,
                     "measured %": 100 * (measured / plain - 1),
+                    "added, % of a nominal batch": 100 * (measured - plain) / (4 * unit_ms / 1000),
                     "model, same draw %": 100 * (same - 1),
                     "model, long run %": slowdown_percent(delays, 1 / 3, s, iterations=4000),
                     "barrier %": barrier_percent(3, 1 / 3, s),
                     "limit %": 100 * s / 3,
                 }
             )
-    worst = max(abs(row["measured %"] - row["model, same draw %"]) for row in rows)
-    return rows, [Ratio("stragglers: largest distance of sleeping ranks from the model, percent points", worst, "<= 5")]
+    # what a batch costs beside its nominal time (messages) is in every row, so the time that a straggler adds is compared, not the quotient
+    worst = max(abs(row["added, % of a nominal batch"] - row["model, same draw %"]) for row in rows)
+    return rows, [Ratio("stragglers: largest distance of the time they add from the model's, % of a nominal batch", worst, "<= 5")]
 
 
 def _slowed(p: list[int], m: list[int], unit_ms: float, batches: int, s: float) -> Any:

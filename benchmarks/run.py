@@ -51,7 +51,7 @@ SCRIPTS = {
     "federated_scale": Script("federated.py", ("--scale", "--clients", "1000"), 1, 180),
     "pretrain": Script("pretrain.py", (), 1, 180),
     "pipeline": Script("pipeline.py", ("padded", "unpadded", "--repeats", "1"), 1, 400),
-    "pipeline_stragglers": Script("pipeline.py", ("stragglers",), 1, 300),
+    "pipeline_stragglers": Script("pipeline.py", ("stragglers", "--repeats", "1"), 1, 300),
     "vertical": Script("vertical.py", ("tls", "credit", "vertimosaic"), 1, 200),
     "vertical_sleeping": Script("vertical.py", ("sleeping",), 1, 300),
     "vertical_straggler": Script("vertical.py", ("straggler",), 1, 400),
