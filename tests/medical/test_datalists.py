@@ -196,7 +196,15 @@ def test_every_wrong_file_is_named_with_its_site(two: Path) -> None:
         assert line.startswith("error: ") and where in line and what in line and "\n" not in line
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\x1f\x8b\x08\x00broken", gzip.compress(b"\x5c\x01\x00\x00" + b"\xff" * 700)])
+CORRUPT = {
+    "empty": b"",
+    "text": b"not an image",
+    "half a gzip": b"\x1f\x8b\x08\x00broken",
+    "a header of rubbish": gzip.compress(b"\x5c\x01\x00\x00" + b"\xff" * 700, mtime=0),
+}
+
+
+@pytest.mark.parametrize("content", CORRUPT.values(), ids=CORRUPT)
 def test_corrupt_files(two: Path, content: bytes) -> None:
     (two / "A/Image/case0.nii.gz").write_bytes(content)
     lines = faults(two)

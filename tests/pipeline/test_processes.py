@@ -155,8 +155,8 @@ def _leave(rank: int, chosen: Any, folder: Path, killed: bool) -> None:
         with Pulse(folder, rank, 3, 1) as pulse:
             _Faulty(chosen, ctx, Record(folder, ctx.meter, is_main=rank == 0), pulse).train()
     except Failed as fault:
-        if rank == 1:  # what xutrain.worker writes before the process ends
-            write_json(folder / "logs" / "fault-1.json", {"time": time.time(), "error": [line for i in fault.issues for line in i.lines()]})
+        # what xutrain.worker writes before the process ends
+        write_json(folder / "logs" / f"fault-{rank}.json", {"time": time.time(), "error": [line for i in fault.issues for line in i.lines()]})
         (folder / f"said-{rank}").write_text(str(fault))
     finally:
         os._exit(0)
@@ -176,3 +176,18 @@ def test_a_lost_rank_is_named_by_all(tmp_path: Path, killed: bool) -> None:
         said = (tmp_path / f"said-{rank}").read_text()
         assert f"stage 1 (rank 1), iteration 6: {cause}" in said
         assert f"stage {rank} (rank {rank}) waited for the" in said
+
+
+def test_who_ends_of_another_loss_is_not_taken_for_the_first(tmp_path: Path, monkeypatch: Any) -> None:
+    """Rank 2 writes whom it lost and ends while rank 0 looks for who is gone: rank 0 reports rank 1 all the same."""
+    with Pulse(tmp_path, 0, 3, 1) as pulse:
+        for rank in (2, 1):
+            (tmp_path / "logs" / f"pulse-{rank}").write_text("6")
+
+        def gone(rank: int) -> bool:
+            error = "error: stage 1 (rank 1), iteration 6: the process ended without a word (killed?); stage 2 (rank 2) waited for it"
+            write_json(tmp_path / "logs" / "fault-2.json", {"time": time.time(), "error": [error]})
+            return False
+
+        monkeypatch.setattr(pulse, "_alive", gone)
+        assert "stage 1 (rank 1), iteration 6" in str(pulse.lost(RuntimeError("Connection closed by peer")))

@@ -16,6 +16,7 @@ from tests.vertical.conftest import BC3, recipe_of
 pytest.importorskip("grpc")
 pytest.importorskip("cryptography")
 
+from tests.vertical.party_jobs import start_party as start
 from xutrain.data.party_file import load_party
 from xutrain.errors import Failed, Stopped, XutrainError
 from xutrain.launch import parties
@@ -53,21 +54,6 @@ def job(folder: Path, **changes: Any) -> Any:
     ports = parties._free_ports(3)
     raw["network"]["addresses"] = {p: f"127.0.0.1:{port}" for p, port in zip(NAMES, ports, strict=True)}
     return from_dict("vertical", raw)
-
-
-def start(recipe: Any, folder: Path, party: str, results: dict[str, Any], say: Any = None) -> tuple[Process, threading.Thread]:
-    mine = load_party(recipe.data, party, Path(recipe.data.files[party]))
-    process = Process(recipe, party, mine, identity.load(folder, party), folder / "out" / party, say or (lambda text: None))
-
-    def go() -> None:
-        try:
-            results[party] = process.run()
-        except XutrainError as error:
-            results[party] = error
-
-    thread = threading.Thread(target=go, daemon=True)
-    thread.start()
-    return process, thread
 
 
 def run_all(recipe: Any, folder: Path) -> dict[str, Any]:

@@ -98,18 +98,18 @@ class Pulse:
     def _cause(self, peer: int | None) -> tuple[int, int, str] | None:
         """(rank, iteration, text) of the first process that stopped; waits a moment for it to write its reason."""
         deadline = time.monotonic() + 1.0
-        while True:
-            found = sorted(self._faults())
-            if found or time.monotonic() > deadline:
-                break
+        found = sorted(self._faults())
+        while not found and time.monotonic() < deadline:
             time.sleep(0.05)
+            found = sorted(self._faults())
+        dead = [] if found else [r for r in range(self.processes) if r != self.rank and not self._alive(r)]
+        found = found or sorted(self._faults())  # one that ended meanwhile had written its reason before
         if found:
             _, rank, text = found[0]
             told = _PLACE.match(text)  # the fault of one that lost a peer itself: go on to that peer
             if told:
                 return int(told["rank"]), int(told["iteration"]), told["text"]
             return rank, self._iteration_of(rank), text
-        dead = [r for r in range(self.processes) if r != self.rank and not self._alive(r)]
         if not dead:
             return None
         first = peer if peer in dead else min(dead, key=lambda r: self._path(r).stat().st_mtime)

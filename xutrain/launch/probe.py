@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import netrc
 import os
 import shutil
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+from xutrain.launch import together
 from xutrain.launch.plan import versions
 
 Check = dict[str, Any]
@@ -53,21 +53,7 @@ def _devices() -> Check:
 
 def _processes(backend: str, count: int) -> Check:
     """A message between processes and back, and a large one: all_reduce of 1 and of 2^20 float32."""
-    method = "fork" if backend == "gloo" and "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    context: Any = multiprocessing.get_context(method)
-    with tempfile.TemporaryDirectory() as folder:
-        receiver, sender = context.Pipe(duplex=False)
-        children = [context.Process(target=_talk, args=(backend, r, count, f"{folder}/store", sender), daemon=True) for r in range(count)]
-        for child in children:
-            child.start()
-        sender.close()
-        try:
-            answer = receiver.recv() if receiver.poll(_TIMEOUT_S) else "no answer"
-        except EOFError:
-            answer = "a process ended without an answer"
-        for child in children:
-            child.join(5)
-            child.kill()
+    answer = together.ask(_talk, backend, count, _TIMEOUT_S)
     hint = "firewall, or the wrong network card: try GLOO_SOCKET_IFNAME=lo (NCCL_SOCKET_IFNAME for nccl)"
     if isinstance(answer, str):
         return _check(backend, "fail", f"{count} processes: {answer}", hint)

@@ -7,10 +7,8 @@ communication at all. The first two are measured, the third by leaving communica
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import os
 import statistics
-import tempfile
 import time
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch import nn
 import xutrain
 from xutrain.engine.network import Link
 from xutrain.errors import Failed, Issue
-from xutrain.launch import foresee
+from xutrain.launch import foresee, together
 from xutrain.launch.plan import versions
 
 #: label -> (name, options) of what is measured; the rest with --codec
@@ -116,22 +114,7 @@ def _gradient(recipe: Any, elements: int) -> tuple[float, int]:
 
 def _forked(count: int) -> dict[str, Any]:
     """The network between ``count`` processes of this machine. Raises Failed."""
-    backend = _backend(count)
-    method = "fork" if backend == "gloo" and "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    context: Any = multiprocessing.get_context(method)
-    with tempfile.TemporaryDirectory() as folder:
-        receiver, sender = context.Pipe(duplex=False)
-        children = [context.Process(target=_child, args=(backend, r, count, f"{folder}/store", sender), daemon=True) for r in range(count)]
-        for child in children:
-            child.start()
-        sender.close()
-        try:
-            answer = receiver.recv() if receiver.poll(_LIMIT_S) else "no answer"
-        except EOFError:
-            answer = "a process ended without an answer"
-        for child in children:
-            child.join(5)
-            child.kill()
+    answer = together.ask(_child, _backend(count), count, _LIMIT_S)
     if isinstance(answer, str):
         raise Failed(Issue("--processes", f"{count} processes did not talk to each other: {answer}", count, "xutrain doctor"))
     return dict(answer)
