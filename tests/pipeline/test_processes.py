@@ -156,7 +156,8 @@ def _leave(rank: int, chosen: Any, folder: Path, killed: bool) -> None:
             _Faulty(chosen, ctx, Record(folder, ctx.meter, is_main=rank == 0), pulse).train()
     except Failed as fault:
         # what xutrain.worker writes before the process ends
-        write_json(folder / "logs" / f"fault-{rank}.json", {"time": time.time(), "error": [line for i in fault.issues for line in i.lines()]})
+        lines = [line for issue in fault.issues for line in issue.lines()]
+        write_json(folder / "logs" / f"fault-{rank}.json", {"time": time.time(), "error": lines})
         (folder / f"said-{rank}").write_text(str(fault))
     finally:
         os._exit(0)
