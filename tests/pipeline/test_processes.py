@@ -25,6 +25,16 @@ from xutrain.recipe.delays import Delays
 METHODS = ["bp", "fr", "ddg", "pipedream", "fdg", "pipemare", "dni", "dsp"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _warm(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Import and fill in this process what its forks would each do for themselves, seconds apart on a busy machine."""
+    import torch.distributed.pipelining  # noqa: F401
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xutrain.loops.pipeline_ledger.draw", lambda *args: None)
+        watch(make("dsp", train__steps=1), tmp_path_factory.mktemp("warm"))
+
+
 def _state(chosen: Any, folder: Path) -> tuple[Any, Any, list[Any], Any]:
     pipeline = watch(chosen, folder)
     lines = [{k: v for k, v in line.items() if k != "wall_s"} for line in pipeline.record.read()] if pipeline.ctx.is_main else []
@@ -133,24 +143,32 @@ def test_messages_in_flight_are_what_the_closed_form_says() -> None:
 
 
 class _Faulty(Watched):
-    """Rank 1 does not survive its seventh iteration."""
+    """Rank 1 does not survive its seventh iteration, or the collective before it."""
 
-    killed = False
+    end = ""
 
     def _tick(self, n: int) -> None:
         if n == 6 and self.ctx.rank == 1:
-            if self.killed:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise ValueError("the middle stage is broken")
+            self._end()
         super()._tick(n)
 
+    def _report(self, ticks: int) -> None:
+        if ticks == 6 and self.ctx.rank == 1 and self.end == "killed before a collective":
+            self._end()
+        super()._report(ticks)
 
-def _leave(rank: int, chosen: Any, folder: Path, killed: bool) -> None:
+    def _end(self) -> None:
+        if self.end != "raises":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("the middle stage is broken")
+
+
+def _leave(rank: int, chosen: Any, folder: Path, end: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="3")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     ctx = Context.open(0)
-    _Faulty.killed = killed
+    _Faulty.end = end
     try:
         with Pulse(folder, rank, 3, 1) as pulse:
             _Faulty(chosen, ctx, Record(folder, ctx.meter, is_main=rank == 0), pulse).train()
@@ -163,20 +181,34 @@ def _leave(rank: int, chosen: Any, folder: Path, killed: bool) -> None:
         os._exit(0)
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_lost_rank_is_named_by_all(tmp_path: Path, killed: bool) -> None:
-    """Both neighbours end within seconds and say which stage stopped, in which iteration, and why."""
-    ranks = [multiprocessing.get_context("fork").Process(target=_leave, args=(r, make("dsp"), tmp_path, killed)) for r in range(3)]
+@pytest.mark.parametrize(
+    ("end", "place"),
+    [
+        ("raises", "iteration 6: ValueError: the middle stage is broken"),
+        ("killed", "iteration 6: the process ended without a word"),
+        ("killed before a collective", "iteration 5: the process ended without a word"),
+    ],
+)
+def test_a_lost_rank_is_named_by_all(tmp_path: Path, end: str, place: str) -> None:
+    """Both others end within seconds and say which stage stopped, in which iteration, and why."""
+    chosen = make("dsp", runtime__poll=1 if "collective" in end else 50)
+    ranks = [multiprocessing.get_context("fork").Process(target=_leave, args=(r, chosen, tmp_path, end)) for r in range(3)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(60)
+        rank.join(100)
         assert not rank.is_alive()
-    cause = "the process ended without a word" if killed else "ValueError: the middle stage is broken"
     for rank in (0, 2):
         said = (tmp_path / f"said-{rank}").read_text()
-        assert f"stage 1 (rank 1), iteration 6: {cause}" in said
+        assert f"stage 1 (rank 1), {place}" in said
         assert f"stage {rank} (rank {rank}) waited for the" in said
+
+
+LOSS = RuntimeError("Connection closed by peer")
+
+
+def _fault(folder: Path, rank: int, text: str) -> None:
+    write_json(folder / "logs" / f"fault-{rank}.json", {"time": time.time(), "error": [f"error: {text}"]})
 
 
 def test_who_ends_of_another_loss_is_not_taken_for_the_first(tmp_path: Path, monkeypatch: Any) -> None:
@@ -185,10 +217,55 @@ def test_who_ends_of_another_loss_is_not_taken_for_the_first(tmp_path: Path, mon
         for rank in (2, 1):
             (tmp_path / "logs" / f"pulse-{rank}").write_text("6")
 
-        def gone(rank: int) -> bool:
-            error = "error: stage 1 (rank 1), iteration 6: the process ended without a word (killed?); stage 2 (rank 2) waited for it"
-            write_json(tmp_path / "logs" / "fault-2.json", {"time": time.time(), "error": [error]})
-            return False
+        def gone() -> list[int]:
+            what = "the process ended without a word (killed?)"
+            _fault(tmp_path, 2, f"stage 1 (rank 1), iteration 6: {what}; stage 2 (rank 2) waited for it in iteration 7")
+            return [1, 2]
 
-        monkeypatch.setattr(pulse, "_alive", gone)
-        assert "stage 1 (rank 1), iteration 6" in str(pulse.lost(RuntimeError("Connection closed by peer")))
+        monkeypatch.setattr(pulse, "_dead", gone)
+        assert str(pulse.lost(LOSS)).startswith("error: stage 1 (rank 1), iteration 6: the process ended")
+
+
+def test_a_reason_is_awaited_from_a_peer_that_still_lives(tmp_path: Path, monkeypatch: Any) -> None:
+    """The connection breaks before the fault is written: whoever still holds its pulse has time to say why, in any number of lines."""
+    with Pulse(tmp_path, 0, 3, 1) as pulse:
+        looks = []
+
+        def ending() -> list[int]:
+            looks.append(0)
+            if len(looks) == 3:
+                _fault(tmp_path, 2, "stage 1 (rank 1), iteration 4: ValueError: one\ntwo; stage 2 (rank 2) waited for it in iteration 5")
+            return []
+
+        monkeypatch.setattr(pulse, "_dead", ending)
+        told = pulse.lost(LOSS).issues[0]
+        assert told.where == "stage 1 (rank 1), iteration 4"
+        assert told.what == "ValueError: one\ntwo; stage 0 (rank 0) waited for the other stages in iteration 0"
+        assert len(looks) == 3
+
+
+def test_a_process_that_never_began_is_named(tmp_path: Path) -> None:
+    with Pulse(tmp_path, 0, 2, 1) as pulse:
+        assert "stage 1 (rank 1), iteration 0: the process ended without a word" in str(pulse.lost(LOSS))
+
+
+def test_a_fault_counts_from_the_start_of_the_process_that_wrote_it(tmp_path: Path, monkeypatch: Any) -> None:
+    """Not from the start of the one that reads it, which may be late; what it left in an earlier start is old."""
+    _fault_path = tmp_path / "logs" / "fault-1.json"
+    with Pulse(tmp_path, 1, 2, 1):
+        _fault(tmp_path, 1, "stage 1 (rank 1), iteration 0: OSError: no data")
+        with Pulse(tmp_path, 0, 2, 1) as pulse:
+            assert "OSError: no data" in str(pulse.lost(LOSS))
+            os.utime(_fault_path, (1, 1))
+            monkeypatch.setattr("xutrain.engine.pulse._PATIENCE_S", 0.0)
+            assert str(pulse.lost(LOSS)) == "error: stage 0 (rank 0), iteration 0: waited for the other stages: Connection closed by peer"
+
+
+def test_nobody_is_called_dead_who_runs_elsewhere(tmp_path: Path, monkeypatch: Any) -> None:
+    """Two machines of two processes each: the open files of the other machine cannot be seen."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with Pulse(tmp_path, 3, 4, 1) as pulse:
+        assert pulse._dead() == [2]
+        with Pulse(tmp_path, 2, 4, 1):
+            assert pulse._dead() == []

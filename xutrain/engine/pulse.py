@@ -1,16 +1,18 @@
 """Who stopped first: every process leaves its iteration on disk, and a fault that follows from another's names that one.
 
-`logs/pulse-<rank>` holds the iteration that a process is in, so that even a killed one has told it. A process that loses
-a peer looks for the first fault of the others and reports that, with its own place.
+`logs/pulse-<rank>` holds the iteration that a process is in, so that even a killed one has told it, and is locked for as long as
+the process lives. A process that loses a peer looks for the first fault of the others and reports that, with its own place.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -18,10 +20,15 @@ from xutrain.engine.pipes import PeerLost
 from xutrain.engine.record import read_json
 from xutrain.errors import Failed, Issue, XutrainError
 
+if sys.platform != "win32":
+    import fcntl
+
 _LOST = ("Connection", "connection", "closed by peer", "reset by peer", "Broken pipe", "timeout", "Timed out", "NCCL")
 _PLACE = re.compile(
-    r"stages? [\d-]+ \(rank (?P<rank>\d+)\), iteration (?P<iteration>\d+): (?P<text>.*?)(; stage \d+ \(rank \d+\) waited .*)?$"
+    r"stages? [\d-]+ \(rank (?P<rank>\d+)\), iteration (?P<iteration>\d+): (?P<text>.*?)(; stage \d+ \(rank \d+\) waited .*)?$",
+    re.DOTALL,
 )
+_PATIENCE_S = 10.0  # for a lost peer to write its reason, or to be gone
 
 
 class Pulse:
@@ -36,9 +43,12 @@ class Pulse:
     def __init__(self, folder: Path, rank: int, processes: int, each: int) -> None:
         self.logs, self.rank, self.processes, self.each = folder / "logs", rank, processes, each
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.started = time.time()
         self.iteration = 0
-        self._file = os.open(self._path(rank), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644) if processes > 1 else -1
+        self._file = -1
+        if processes > 1:
+            self._file = os.open(self._path(rank), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(self._file, fcntl.LOCK_SH)
         self.beat(0)
 
     def _path(self, rank: int) -> Path:
@@ -50,18 +60,14 @@ class Pulse:
         if self._file >= 0:
             os.pwrite(self._file, b"%12d" % iteration, 0)
 
-    def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
     def __enter__(self) -> Pulse:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if value is None and self._file >= 0:
+            os.close(self._file)  # after a fault it is held to the end of the process: whoever lets go has written why before
         if not isinstance(value, Exception) or isinstance(value, XutrainError):
-            self.close()
-            return  # after a fault the pulse stays open, so that others see who still lives
+            return
         if isinstance(value, PeerLost) or (
             self.processes > 1 and isinstance(value, RuntimeError) and any(word in str(value) for word in _LOST)
         ):
@@ -96,31 +102,32 @@ class Pulse:
         )
 
     def _cause(self, peer: int | None) -> tuple[int, int, str] | None:
-        """(rank, iteration, text) of the first process that stopped; waits a moment for it to write its reason."""
-        deadline = time.monotonic() + 1.0
-        found = sorted(self._faults())
-        while not found and time.monotonic() < deadline:
+        """(rank, iteration, text) of the first process that stopped; None if all seem well for a while."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            dead = self._dead()
+            faults = sorted(self._faults())  # read after looking who is gone: a process that ends of a fault has written it before
+            if faults:
+                _, rank, text = faults[0]
+                told = _PLACE.match(text)  # the fault of one that lost a peer itself: go on to that peer
+                if told:
+                    return int(told["rank"]), int(told["iteration"]), told["text"]
+                return rank, self._iteration_of(rank), text
+            if dead:
+                first = peer if peer in dead else min(dead, key=lambda r: _changed(self._path(r)))
+                return first, self._iteration_of(first), "the process ended without a word (killed?)"
+            if time.monotonic() > deadline:
+                return None
             time.sleep(0.05)
-            found = sorted(self._faults())
-        dead = [] if found else [r for r in range(self.processes) if r != self.rank and not self._alive(r)]
-        found = found or sorted(self._faults())  # one that ended meanwhile had written its reason before
-        if found:
-            _, rank, text = found[0]
-            told = _PLACE.match(text)  # the fault of one that lost a peer itself: go on to that peer
-            if told:
-                return int(told["rank"]), int(told["iteration"]), told["text"]
-            return rank, self._iteration_of(rank), text
-        if not dead:
-            return None
-        first = peer if peer in dead else min(dead, key=lambda r: self._path(r).stat().st_mtime)
-        return first, self._iteration_of(first), "the process ended without a word (killed?)"
 
     def _faults(self) -> Iterator[tuple[float, int, str]]:
+        """(time, rank, first line) of the other processes' faults since they opened their pulse."""
         for rank in range(self.processes):
-            fault = read_json(self.logs / f"fault-{rank}.json")
-            if rank != self.rank and float(fault.get("time", 0)) >= self.started:
+            path = self.logs / f"fault-{rank}.json"
+            fault = read_json(path)
+            if rank != self.rank and fault and _changed(path) >= _changed(self._path(rank)):
                 lines = [str(line).removeprefix("error: ") for line in fault.get("error", [])]
-                yield float(fault["time"]), rank, lines[0] if lines else "failed"
+                yield float(fault.get("time", 0)), rank, lines[0] if lines else "failed"
 
     def _iteration_of(self, rank: int) -> int:
         try:
@@ -128,13 +135,26 @@ class Pulse:
         except (OSError, ValueError):
             return 0
 
-    def _alive(self, rank: int) -> bool:
-        """Whether the process that opened a pulse still holds it (same machine only; elsewhere assume so)."""
-        path = self._path(rank).resolve()
-        for fd in Path("/proc").glob("[0-9]*/fd/*"):
-            try:
-                if Path(os.readlink(fd)) == path:
-                    return True
-            except OSError:
-                continue
-        return False
+    def _dead(self) -> list[int]:
+        """The other processes of this machine that do not hold their pulse. Of other machines nothing is known."""
+        first = self.rank - int(os.environ.get("LOCAL_RANK", self.rank))
+        here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", self.processes)))
+        return [r for r in here if r != self.rank and self._gone(r)]
+
+    def _gone(self, rank: int) -> bool:
+        """Whether nobody holds a pulse: the system lets go of a lock when a process ends, however it ends."""
+        try:
+            with self._path(rank).open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return True  # it ended before it began
+        except OSError:
+            return False  # held, or a file system without locks
+        return True
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
