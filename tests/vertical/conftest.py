@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from xutrain.engine.context import Context
+from xutrain.launch.parties import reserved_ports
 from xutrain.loops import vertical
 from xutrain.recipe.load import from_dict
 
+_HELD = contextlib.ExitStack()
 BC3 = 0.10241656575570418  # optimum of breast cancer, l2 0.01, no intercept
 
 
@@ -54,3 +57,14 @@ def run() -> Callable[..., Any]:
         return run_through(recipe, watch), recipe
 
     return go
+
+
+def ports(count: int) -> list[int]:
+    """Ports that nobody else gets before the end of the test."""
+    return _HELD.enter_context(reserved_ports(count))
+
+
+@pytest.fixture(autouse=True)
+def _release() -> Iterator[None]:
+    yield
+    _HELD.close()

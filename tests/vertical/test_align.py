@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 pytest.importorskip("grpc")
 pytest.importorskip("cryptography")
 
+from tests.vertical.party_jobs import in_thread, join
 from tests.vertical.test_parties import NAMES, job
 from xutrain.launch import parties
 from xutrain.loops.vertical_align import Alignment
@@ -23,14 +23,8 @@ def test_alignment_finds_the_common_ids_in_one_order(tmp_path):
     lists = {"mean": ["a", "b", "c", "d"], "error": ["d", "x", "b", "a"], "worst": ["b", "q", "a", "d", "z"]}
     found: dict[str, Any] = {}
 
-    def go(p: str) -> None:
-        found[p] = Alignment(recipe, p, lists[p], identity.load(tmp_path, p), lambda text: None).run()
-
-    threads = [threading.Thread(target=go, args=(p,), daemon=True) for p in NAMES]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
+    sides = {p: Alignment(recipe, p, lists[p], identity.load(tmp_path, p), lambda text: None) for p in NAMES}
+    join([in_thread(p, side.run, found) for p, side in sides.items()])
     assert sorted(found["mean"][0]) == ["a", "b", "d"]
     assert found["mean"][0] == found["error"][0] == found["worst"][0]
     assert found["worst"][1]["dropped"] == 2
@@ -43,6 +37,7 @@ def test_doctor_names_what_is_missing(tmp_path):
     assert by_name["job"] and by_name["file"] and by_name["certificate"] and by_name["port"]
     assert not by_name["reach error"]
     taken = socket.socket()
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as a server does, or the reservation keeps it away
     host, port = recipe.network.addresses["mean"].split(":")
     taken.bind((host, int(port)))
     taken.listen()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.vertical.conftest import run_through
-from tests.vertical.party_jobs import network_job, run_parties
+from tests.vertical.party_jobs import join, network_job, run_parties, start_party
 from tests.vertical.vertical_sums import objective
 from xutrain.errors import RecipeError
+from xutrain.methods.vertical.transports.rounds import Rates
 from xutrain.recipe.load import from_dict
 
 pytest.importorskip("grpc")
@@ -45,7 +48,7 @@ def test_tree_sums_over_the_network_are_the_simulation(tmp_path, parties, holder
     names = ["mean", "error", "worst"] if parties == 3 else [f"party{p}" for p in range(parties)]
     raw = base(data={"parties": parties}, labels=[names[h] for h in holders], security={"mode": "tree"})
     results, _ = run_parties(network_job(tmp_path, raw), tmp_path)
-    assert not any(isinstance(r, Exception) for r in results.values()), results
+    assert not any(isinstance(r, BaseException) for r in results.values()), results
     assert results[names[holders[0]]]["objective"] == pytest.approx(objective(simulated(raw)), abs=1e-7)
     steps = 2 * (569 // 32)
     sent = [ledger(tmp_path, p) for p in names]
@@ -69,7 +72,7 @@ def test_softmax_over_the_network_is_the_simulation(tmp_path):
 def test_several_label_holders_in_lock_step_are_the_simulation(tmp_path, method):
     raw = base(method=method, labels="all", train={"epochs": 3})
     results, processes = run_parties(network_job(tmp_path, raw), tmp_path)
-    assert not any(isinstance(r, Exception) for r in results.values()), results
+    assert not any(isinstance(r, BaseException) for r in results.values()), results
     job = simulated(raw)
     assert results["mean"]["objective"] == pytest.approx(objective(job), abs=1e-7)
     for at, p in enumerate(("mean", "error", "worst")):
@@ -94,24 +97,68 @@ def test_lock_step_of_several_goes_on_after_a_loss(tmp_path):
         arrays |= {"count.taken": np.array(taken), "count.rounds": np.array(taken)}
         np.savez(path, **arrays)
     results, processes = run_parties(network_job(tmp_path, raw), tmp_path)
-    assert all(not isinstance(r, Exception) for r in results.values()), results
+    assert all(not isinstance(r, BaseException) for r in results.values()), results
     assert all(process.seat.taken == 3 * (569 // 32) for process in processes.values())
 
 
+def test_requests_are_answered_while_a_step_is_computed(tmp_path):
+    """Nobody waits for another's computation: the others take all their steps while the slow party is still at its first."""
+    raw = base(method={"name": "afsgd"}, labels="all", train={"epochs": None, "steps": 3, "mode": "async"})
+    computing, go_on = threading.Event(), threading.Event()
+
+    def slow(process):
+        def work(party, k):
+            computing.set()
+            assert go_on.wait(60)
+            process.port.events.put(("worked", k, None))
+
+        process.port.work = work
+
+    recipe, results = network_job(tmp_path, raw), {}
+    started = {p: start_party(recipe, tmp_path, p, results, before=slow if p == "worst" else None) for p in recipe.party_names}
+    assert computing.wait(60)
+    until = time.monotonic() + 60
+    while started["mean"][0].seat.taken + started["error"][0].seat.taken < 6 and time.monotonic() < until:
+        time.sleep(0.01)
+    taken = {p: process.seat.taken for p, (process, _) in started.items()}
+    go_on.set()
+    join(thread for _, thread in started.values())
+    assert taken == {"mean": 3, "error": 3, "worst": 0}
+    assert not any(isinstance(r, BaseException) for r in results.values()), results
+
+
 def test_a_slow_party_takes_longer_steps_and_fewer_of_them(tmp_path):
+    steps = 40
     raw = base(
         method={"name": "afsgd"},
         labels="all",
-        train={"epochs": None, "steps": 12, "mode": "async", "rates": "compensated", "budget": "total", "lr": 0.005},
-        network={"step_ms": 60.0},
-        time={"slow_party": "worst", "delay": 6.0},
+        train={"epochs": None, "steps": steps, "mode": "async", "rates": "compensated", "budget": "total", "lr": 0.005},
+        network={"step_ms": 30.0},
+        time={"slow_party": "worst", "delay": 9.0},
     )
     results, processes = run_parties(network_job(tmp_path, raw), tmp_path)
-    assert not any(isinstance(r, Exception) for r in results.values()), results
+    assert not any(isinstance(r, BaseException) for r in results.values()), results
     taken = {p: process.seat.taken for p, process in processes.items()}
-    assert 3 * 12 <= sum(taken.values()) <= 3 * 12 + 6
+    assert 3 * steps <= sum(taken.values()) <= 3 * steps + 6
     assert taken["worst"] < min(taken["mean"], taken["error"])
-    assert processes["worst"].seat.method.lr > 1.1 * 0.005
+    assert processes["worst"].seat.method.lr > 0.005
+
+
+def test_step_sizes_make_up_for_the_period_that_was_seen(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("xutrain.methods.vertical.transports.rounds.time.monotonic", lambda: now[0])
+    rates = Rates(0.01, longest=0.025)
+    for tick in range(60):
+        now[0] = 0.1 * tick
+        rates.note("fast")
+        if tick % 2 == 0:
+            rates.note("half")
+        if tick % 10 == 0:
+            rates.note("tenth")
+    assert rates.lr("fast") == pytest.approx(0.01)
+    assert rates.lr("half") == pytest.approx(0.02)
+    assert rates.lr("tenth") == 0.025  # no longer than the block's longest stable step
+    assert rates.lr("nobody") == 0.01
 
 
 def test_what_real_parties_still_cannot_do_is_said(tmp_path):

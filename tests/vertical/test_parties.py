@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.vertical.conftest import BC3, recipe_of
+from tests.vertical.conftest import BC3, ports, recipe_of
 
 pytest.importorskip("grpc")
 pytest.importorskip("cryptography")
 
+from tests.vertical.party_jobs import in_thread, join, network_job
 from tests.vertical.party_jobs import start_party as start
 from xutrain.data.party_file import load_party
 from xutrain.errors import Failed, Stopped, XutrainError
@@ -51,18 +50,35 @@ def job(folder: Path, **changes: Any) -> Any:
     for key, value in changes.items():
         section, _, name = key.partition("__")
         raw[section] = {**raw.get(section, {}), name: value} if name else value
-    ports = parties._free_ports(3)
-    raw["network"]["addresses"] = {p: f"127.0.0.1:{port}" for p, port in zip(NAMES, ports, strict=True)}
+    raw["network"]["addresses"] = {p: f"127.0.0.1:{port}" for p, port in zip(NAMES, ports(3), strict=True)}
     return from_dict("vertical", raw)
 
 
 def run_all(recipe: Any, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    threads = [start(recipe, folder, p, results)[1] for p in NAMES]
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+    join([start(recipe, folder, p, results)[1] for p in NAMES])
     return results
+
+
+def done(results: dict[str, Any]) -> bool:
+    return not any(isinstance(r, BaseException) for r in results.values())
+
+
+def falls_silent(gone: list[Process], after: int) -> Any:
+    """For ``start``: at this party's step ``after`` the last of ``gone`` closes its port and stops, whatever the machine's speed."""
+
+    def before(process: Process) -> None:
+        wrote = process.port.wrote
+
+        def watched(party: int) -> None:
+            wrote(party)
+            if process.seat.taken == after:
+                gone[-1].link.close()
+                gone[-1].signalled = True
+
+        process.port.wrote = watched  # type: ignore[method-assign]
+
+    return before
 
 
 def test_three_parties_reach_the_optimum_and_predict(tmp_path):
@@ -86,11 +102,9 @@ def test_three_parties_reach_the_optimum_and_predict(tmp_path):
     for p in NAMES:
         mine = load_scoring(again.data, p, Path(again.data.files[p]), models[p])
         scoring = Scoring(again, p, mine, identity.load(tmp_path, p), tmp_path / "scores" / p, lambda text: None, models[p])
-        threads.append(threading.Thread(target=lambda s=scoring, p=p: results.update({p: s.run()}), daemon=True))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+        threads.append(in_thread(p, scoring.run, results))
+    join(threads)
+    assert results == {p: {"rows": 569.0} for p in NAMES}
     scores = [line.split(",") for line in (tmp_path / "scores" / "mean" / "scores.csv").read_text().splitlines()[1:]]
     assert not (tmp_path / "scores" / "error" / "scores.csv").exists()
     blocks = [load_party(recipe.data, p, Path(recipe.data.files[p])).block.train @ np.array(models[p]["weights"]) for p in NAMES]
@@ -112,43 +126,61 @@ def test_other_estimators_and_lock_step(tmp_path, estimator, mode):
 
 
 def test_an_absent_party_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_path):
-    recipe = job(tmp_path, train__epochs=30, train__lr=0.4, network__patience_s=2.0, network__timeout_s=1.0, checkpoint={"every": 20})
+    recipe = job(tmp_path, train__epochs=30, train__lr=0.4, network__patience_s=3.0, network__timeout_s=3.0, checkpoint={"every": 20})
     said: list[str] = []
     results: dict[str, Any] = {}
-    started = {p: start(recipe, tmp_path, p, results, said.append) for p in NAMES}
-    while started["mean"][0].seat.taken < 100:
-        time.sleep(0.02)
-    gone = started["worst"][0]
-    gone.link.close()  # the port falls silent; its own run stops too
-    gone.signalled = True
-    for _, thread in started.values():
-        thread.join(30)
-        assert not thread.is_alive()
-    assert any("worst does not answer" in text for text in said)
+    gone: list[Process] = []
+    threads = []
+    for p in ("worst", "error", "mean"):
+        process, thread = start(recipe, tmp_path, p, results, said.append, falls_silent(gone, 100) if p == "mean" else None)
+        gone += [process] if p == "worst" else []
+        threads.append(thread)
+    join(threads)
+    assert any("mean: worst does not answer" in text for text in said)
     assert all(isinstance(r, Stopped) and r.exit_code == 75 for r in results.values()), results
     assert "worst" in str(results["mean"])
-    results = run_all(recipe, tmp_path)
+    again = recipe.model_copy(update={"network": job(tmp_path).network})  # the same job, patient
+    results = run_all(again, tmp_path)
     assert results["mean"]["objective"] == pytest.approx(BC3, abs=1e-3)
 
 
 def test_a_missing_party_ends_the_wait_with_its_name(tmp_path):
     recipe = job(tmp_path, network__patience_s=1.0)
     results: dict[str, Any] = {}
-    threads = [start(recipe, tmp_path, p, results)[1] for p in ("mean", "error")]
-    for thread in threads:
-        thread.join(15)
+    join([start(recipe, tmp_path, p, results)[1] for p in ("mean", "error")])
     assert isinstance(results["mean"], Failed)
     assert "worst" in str(results["mean"])
 
 
+def test_a_party_still_greeting_when_all_is_done_is_content(tmp_path):
+    """In a short run the others may have left before a party has heard that they are ready; then it has answered all that was asked."""
+    recipe = job(tmp_path, train__epochs=None, train__steps=2)
+    results: dict[str, Any] = {}
+
+    def never_told(process: Process) -> None:
+        meet = process.port.meet_peer
+
+        def half(p: str, e: Envelope) -> None:
+            meet(p, e)
+            e.facts["known"] = 0  # as if its answers were older
+
+        process.port.meet_peer = half  # type: ignore[method-assign]
+
+    join([start(recipe, tmp_path, p, results, before=never_told if p == "error" else None)[1] for p in NAMES])
+    assert done(results), results
+    assert (tmp_path / "out" / "error" / "model.error.json").is_file()
+
+
 def test_another_recipe_is_refused_and_named(tmp_path):
-    recipe = job(tmp_path, network__patience_s=5.0)
+    recipe = job(tmp_path)
     other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"lr": 0.2})})
     assert job_hash(recipe) != job_hash(other)
     results: dict[str, Any] = {}
-    threads = [start(r, tmp_path, p, results)[1] for p, r in (("mean", recipe), ("error", recipe), ("worst", other))]
-    for thread in threads:
-        thread.join(15)
+    started = {p: start(r, tmp_path, p, results) for p, r in (("mean", recipe), ("error", recipe), ("worst", other))}
+    join([started["worst"][1]])
+    for p in ("mean", "error"):  # they would wait for it to come back with the right job
+        started[p][0].signalled = True
+        join([started[p][1]])
     assert "another recipe" in str(results["worst"]) or "another recipe" in str(results["mean"])
 
 
@@ -316,45 +348,24 @@ def test_a_checkpoint_just_before_a_full_pass_goes_on(tmp_path):
 
 
 def test_four_parties_go_on_without_a_lost_one(tmp_path):
-    global NAMES
-    names, NAMES = NAMES, ["party0", "party1", "party2", "party3"]
-    try:
-        tables, options = parties.party_tables(recipe_of(data={"name": "breast_cancer", "parties": 4}))
-        files = {}
-        for p, table in tables.items():
-            files[p] = str(tmp_path / f"{p}.csv")
-            parties._write(Path(files[p]), table, options)
-        identity.make(tmp_path, NAMES)
-        ports = parties._free_ports(4)
-        recipe = from_dict(
-            "vertical",
-            {
-                "data": {"name": "party_files", "files": files, **options},
-                "method": {"name": "vfb2"},
-                "labels": ["party0"],
-                "train": {"steps": 400, "batch_size": 32, "lr": 0.02, "weight_decay": 0.01},
-                "network": {
-                    "lost": "go_on",
-                    "timeout_s": 1.0,
-                    "patience_s": 10.0,
-                    "step_ms": 2.0,
-                    "addresses": {p: f"127.0.0.1:{port}" for p, port in zip(NAMES, ports, strict=True)},
-                },
-            },
-        )
-        results: dict[str, Any] = {}
-        said: list[str] = []
-        started = {p: start(recipe, tmp_path, p, results, said.append) for p in NAMES}
-        while started["party0"][0].seat.taken < 50:
-            time.sleep(0.02)
-        started["party3"][0].link.close()
-        started["party3"][0].signalled = True
-        for _, thread in started.values():
-            thread.join(40)
-            assert not thread.is_alive()
-        assert any("party3 does not answer" in text and "without its share" in text for text in said)
-        assert not isinstance(results["party0"], XutrainError), (results["party0"], said)
-        assert results["party0"]["train_auc"] > 0.9
-        assert isinstance(results["party3"], Stopped)
-    finally:
-        NAMES = names
+    raw = {
+        "data": {"name": "breast_cancer", "parties": 4},
+        "method": {"name": "vfb2"},
+        "labels": ["party0"],
+        "train": {"steps": 400, "batch_size": 32, "lr": 0.02, "weight_decay": 0.01},
+        "network": {"lost": "go_on", "timeout_s": 3.0, "patience_s": 60.0},
+    }
+    recipe = network_job(tmp_path, raw)
+    results: dict[str, Any] = {}
+    said: list[str] = []
+    gone: list[Process] = []
+    threads = []
+    for p in ("party3", "party2", "party1", "party0"):
+        process, thread = start(recipe, tmp_path, p, results, said.append, falls_silent(gone, 50) if p == "party0" else None)
+        gone += [process] if p == "party3" else []
+        threads.append(thread)
+    join(threads)
+    assert any("party0: party3 does not answer" in text and "without its share" in text for text in said)
+    assert isinstance(results.pop("party3"), Stopped)
+    assert done(results), (results, said)
+    assert results["party0"]["train_auc"] > 0.9

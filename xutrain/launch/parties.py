@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +68,19 @@ def simulate(recipe: Any, out: Path, say: Say, *, deadline_s: float = 3600.0) ->
         mine.mkdir(exist_ok=True)
         for file in ("ca.pem", f"{p}.pem", f"{p}.key"):
             shutil.copy(out / "identity" / file, mine / file)
-    ports = _free_ports(len(names))
     raw = recipe.model_dump(mode="json")
     raw["data"] = {"name": "party_files", "files": files, **options}
     raw["labels"] = holders
-    raw["network"] = {**raw["network"], "addresses": {p: f"127.0.0.1:{port}" for p, port in zip(names, ports, strict=True)}}
     raw["eval"]["reference"] = False
     raw = {k: v for k, v in raw.items() if v is not None}
-    if found := network_issues(from_dict("vertical", raw)):
-        raise UsageError(*found)
-    (out / "job.yaml").write_text(yamlfile.dump(raw), encoding="utf-8")
-    say(f"starting {len(names)} parties: {', '.join(names)}; labels at {', '.join(holders)}; job file {out / 'job.yaml'}")
-    running = {p: _start(out, p) for p in names}
-    codes = _wait(running, deadline_s)
+    with reserved_ports(len(names)) as ports:
+        addresses = {p: f"127.0.0.1:{port}" for p, port in zip(names, ports, strict=True)}
+        raw["network"] = {**raw["network"], "addresses": addresses}
+        if found := network_issues(from_dict("vertical", raw)):
+            raise UsageError(*found)
+        (out / "job.yaml").write_text(yamlfile.dump(raw), encoding="utf-8")
+        say(f"starting {len(names)} parties: {', '.join(names)}; labels at {', '.join(holders)}; job file {out / 'job.yaml'}")
+        codes = _wait({p: _start(out, p) for p in names}, deadline_s)
     seconds = time.monotonic() - started
     model = out / holder / f"model.{holder}.json"
     metrics = json.loads(model.read_text(encoding="utf-8")).get("metrics", {}) if model.is_file() else {}
@@ -154,14 +154,25 @@ def _write(path: Path, table: Table, options: dict[str, Any]) -> None:
         writer.writerows(zip(table.ids, *table.columns.values(), *([table.label] if table.label is not None else []), strict=True))
 
 
-def _free_ports(count: int) -> list[int]:
+@contextlib.contextmanager
+def reserved_ports(count: int) -> Iterator[list[int]]:
+    """Free ports on loopback, kept from other programs until the end: a socket stays bound to each, but does not listen.
+
+    Linux lets a server that sets SO_REUSEADDR, as gRPC does, listen beside such a socket. Elsewhere the ports are only chosen.
+    """
     held = [socket.socket() for _ in range(count)]
-    for s in held:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in held]
-    for s in held:
-        s.close()
-    return ports
+    try:
+        for s in held:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(("127.0.0.1", 0))
+        ports = [s.getsockname()[1] for s in held]
+        if sys.platform != "linux":
+            for s in held:
+                s.close()
+        yield ports
+    finally:
+        for s in held:
+            s.close()
 
 
 class _Forked:

@@ -99,8 +99,7 @@ class Process:
                 for p in self.port.peers:
                     self._tell_done(p)
             self.port.finished.add(self.party)
-            holders = {self.plan.names[p] for p in self.plan.active}
-            self._events(lambda: holders <= self.port.finished)
+            self._events(lambda: self._over)
             self._save(done=True)
         except Refused as reason:
             raise Failed(Issue(self.party, str(reason), has_value=False)) from None
@@ -113,6 +112,11 @@ class Process:
     def steps(self) -> int:
         """Writes to this party's block: own steps and applied signals."""
         return self.seat.taken + self.port.applied
+
+    @property
+    def _over(self) -> bool:
+        """Whether every label holder has said that it needs nothing more."""
+        return {self.plan.names[p] for p in self.plan.active} <= self.port.finished
 
     def _begin(self, resumed: bool) -> None:
         if not resumed:
@@ -151,8 +155,7 @@ class Process:
         elif what == "greeted":
             self._greeted(*value)
         elif what == "answered":
-            with port.block:
-                seat.answered(port, k, value)
+            seat.answered(port, k, value)  # reads no weights: the others' requests are answered while this step is computed
         elif what == "worked" and self.plan.mode == "sync" and not port.all_read(k):
             time.sleep(0.001)  # lock step: nobody writes before everybody has read
             port.events.put((what, k, value))
@@ -176,13 +179,13 @@ class Process:
     # who is there -----------------------------------------------------------------------------------------------------------
 
     def _greet_all(self) -> None:
-        """Wait until every party has answered a greeting."""
+        """Wait until every party has met every other, or until the label holders say that all is done: parties may have left by then."""
         until = time.monotonic() + self.recipe.network.patience_s
         for p in self.port.peers:
             self.port.greet(p)
         missing = set(self.port.peers)
         reasons: dict[str, str] = {}
-        while missing:
+        while missing and not self._over:
             if self.signalled:
                 raise self._stop("asked to stop")
             if time.monotonic() > until:
@@ -286,11 +289,16 @@ class Process:
         )
 
     def _tell_done(self, p: str) -> None:
-        for _ in range(3):
+        """Say that nothing more is needed of ``p``; one that is away is waited for, since it leaves its model only when it is told."""
+        until = time.monotonic() + (3 * TICK_S if self.port.go_on else self.recipe.network.patience_s)
+        while not self.signalled:
             try:
                 self.link.ask(p, Envelope("done"))
                 return
-            except ConnectionError:
+            except ConnectionError as reason:
+                if time.monotonic() > until:
+                    self.say(f"{self.party}: {p} could not be told that the run is over ({reason})")
+                    return
                 time.sleep(TICK_S)
 
     def _hear(self, number: int, frame: Any) -> None:

@@ -50,13 +50,17 @@ class Scoring(Process):
                 for p in self.port.peers:
                     self._tell_done(p)
             else:
-                self._events(lambda: self.plan.names[self.plan.leader] in self.port.finished)
+                self._events(lambda: self._over)
         except Refused as reason:
             raise Failed(Issue(self.party, str(reason), has_value=False)) from None
         finally:
             self.link.close()
         self.port.ledger.write(self.out / f"ledger.predict.{self.party}.jsonl", self.seat.party, self.plan.names)
         return {"rows": float(len(self.data.test_ids))}
+
+    @property
+    def _over(self) -> bool:
+        return self.plan.names[self.plan.leader] in self.port.finished
 
     def _evaluated(self, split: str, summed: np.ndarray) -> None:
         write_scores(self.out / "scores.csv", self.data.test_ids, self._totals(summed), self.recipe.loss)
