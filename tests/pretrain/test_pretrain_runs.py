@@ -75,6 +75,8 @@ CASES: list[Case] = [
     ("dsm", {"method.shards": 3}),
     ("dsm", {"method.sign": "random3", "method.bound": 8.0, "method.shards": 2, "method.downlink": "sign"}),
     ("dsm", {"method.sign": "random2"}),
+    ("dsm", {"method.sign": "random2", "method.shards": 3}),
+    ("slowmo", {"method.clip": 0.5, "method.clip_where": "after", "method.shards": 2}),
     ("slowmo", {"method.shards": 4, "codec": "{name: scaled_sign, bucket: 64}", "method.error_feedback": True}),
     ("dsm", {"codec": "{name: orq, levels: 5, bucket: 128}", "exchange.mode": "alltoall"}),
     ("adamw", {"codec": "{name: scaled_sign, bucket: 64}", "method.error_feedback": True}),
@@ -173,6 +175,17 @@ def test_sharded_is_unsharded(tmp_path: Path, method: str) -> None:
         assert torch.equal(whole["x"], cut["x"]) and whole["metrics"] == cut["metrics"]
 
 
+@pytest.mark.parametrize("sign", ["random2", "random3"])
+def test_random_signs_of_shards_are_those_of_the_whole(tmp_path: Path, sign: str) -> None:
+    """Owners of parts of a tensor agree on its largest value; what they tell each other is counted."""
+    changes: dict[str, Any] = {"model.width": 10, "train.steps": 6, "method.sign": sign}
+    whole = train(str(tmp_path / "whole"), "dsm", changes)
+    for shards, downlink in ((3, "fp32"), (4, "sign")):
+        cut = train(str(tmp_path / f"{shards}"), "dsm", {**changes, "method.shards": shards, "method.downlink": downlink})
+        assert torch.equal(whole["x"], cut["x"])
+        assert cut["meter"]["bounds"][1] > 0 and "bounds" not in whole["meter"]
+
+
 def test_signs_that_travel_back_lose_nothing_and_cost_a_bit(tmp_path: Path) -> None:
     plain = train(str(tmp_path / "plain"), "dsm", {"train.steps": 6, "method.shards": 4})
     signs = train(str(tmp_path / "signs"), "dsm", {"train.steps": 6, "method.shards": 4, "method.downlink": "sign"})
@@ -266,7 +279,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
         ("dsm", {"eval.every": 4}, "eval.every"),
         ("dsm", {"method.shards": 5}, "method.shards"),
         ("dsm", {"method.downlink": "sign"}, "method.downlink"),
-        ("dsm", {"method.sign": "random2", "method.shards": 2}, "method.bound"),
+        ("slowmo", {"method.clip": 1.0, "method.clip_by": "l2", "method.shards": 2}, "method.clip_by"),
         ("dsm", {"method.sign": "random2", "method.bound": -1.0}, "method.bound"),
         ("adamw", {"optimizer.name": "sgd"}, "optimizer.name"),
         ("dsm", {"optimizer.torch_class": "Adagrad"}, "optimizer.torch_class"),
@@ -293,6 +306,7 @@ def test_recipes_that_cannot_be_right(method: str, changes: dict[str, Any], wher
             {"optimizer.name": "torch", "optimizer.torch_class": "Adagrad", "optimizer.torch_options": "{nonsense: 1}"},
             "optimizer.torch_options",
         ),
+        ({"train.steps": "null", "train.epochs": 0.0003, "method.last_round": "refuse", "method.local_steps": 5}, "method.local_steps"),
         ({"method.shards": 2, "codec": "{name: random_block, ratio: 4.0}"}, "method.shards"),
     ],
 )

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from pretrain_problems import DIM, build, drive, gradient
+from pretrain_problems import DIM, LAYOUT, build, drive, gradient
 from torch import Tensor
 
 from xutrain.engine.rng import Key
-from xutrain.methods.pretrain.signs import signs
+from xutrain.methods.pretrain.signs import maxima, signs
 
 RATES = [0.05 * (1 + math.cos(k / 9)) for k in range(24)]
 
@@ -190,6 +190,15 @@ def test_nothing_moves_at_rate_zero() -> None:
     assert method.diagnostics()["rounds_skipped"] == 1.0
 
 
+@pytest.mark.parametrize(("name", "options"), [("local_adamw", {}), ("lookahead", {"alpha": 0.3}), ("diloco", {})])
+def test_a_last_rate_of_zero_does_not_cost_a_round_that_is_not_divided_by_it(name: str, options: dict[str, Any]) -> None:
+    method = build(name, {"local_steps": 3, **options})
+    got = drive(method, [0.1, 0.1, 0.0])
+    wanted = drive(build(name, {"local_steps": 2, **options}), [0.1, 0.1])
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    assert "rounds_skipped" not in method.diagnostics()
+
+
 def test_global_decay_on_matrices_only() -> None:
     everything = build("signed_lookahead", {"local_steps": 1, "weight_decay": 0.5})
     matrices = build("signed_lookahead", {"local_steps": 1, "weight_decay": 0.5, "decay": "matrices"})
@@ -214,7 +223,72 @@ def test_random_signs_of_a_part_are_those_of_the_whole() -> None:
     v = torch.randn(1000, generator=Key(3, "v").generator())
     whole = signs(v, "random3", 4.0, Key(1, "sign", 9))
     assert torch.equal(whole[137:500], signs(v[137:500], "random3", 4.0, Key(1, "sign", 9), start=137))
-    assert torch.equal(signs(torch.zeros(8), "random2", "max", Key()), torch.zeros(8))  # B = 0 gives 0
+    bounds = v.abs() + 1
+    whole = signs(v, "random2", bounds, Key(1, "sign", 9))
+    assert torch.equal(whole[137:500], signs(v[137:500], "random2", bounds[137:500], Key(1, "sign", 9), start=137))
+    assert torch.equal(signs(torch.zeros(8), "random2", torch.zeros(8), Key()), torch.zeros(8))  # B = 0 gives 0
+
+
+def test_largest_values_of_the_tensors_in_a_part() -> None:
+    v = torch.arange(-11.0, DIM - 11)
+    assert maxima(v, LAYOUT).tolist() == [11.0, 11.0]
+    assert maxima(v[4:9], LAYOUT, 4).tolist() == [7.0, 0.0]
+    assert maxima(v[13:17], LAYOUT, 13).tolist() == [3.0, 5.0]
+    assert maxima(v[:0], LAYOUT, 23).tolist() == [0.0, 0.0]
+
+
+def test_random_signs_against_the_largest_value_of_each_tensor() -> None:
+    """B is the tensor's: the largest coordinate of each always has its sign, and the mean over many draws is c / B."""
+    still = torch.linspace(-2, 1, DIM, dtype=torch.float64)  # gradients that stay: D = still
+    total, rounds = torch.zeros(DIM, dtype=torch.float64), 600
+    method = build("signed_lookahead", {"local_steps": 1, "sign": "random2", "weight_decay": 0.0}, workers=1, steps=rounds)
+    for step in range(rounds):
+        before = method.deploy()["x"].clone()
+        total += (before - drive(method, [0.01], step, of=lambda step, worker, x: still.clone())) / 0.01
+    bound = torch.cat([still[p.start : p.stop].abs().max().expand(p.numel) for p in LAYOUT])
+    share = still / bound
+    assert bool(((total / rounds - share).abs() <= 4.5 * ((1 - share**2) / rounds).sqrt() + 1e-9).all())
+
+
+@pytest.mark.parametrize("by", ["max", "l2"])
+@pytest.mark.parametrize("where", ["displacement", "before", "after", "update"])
+def test_slowmo_with_clipping(where: str, by: str) -> None:
+    """The program's four places and two norms; the displacement is clipped before it is divided by gamma."""
+    limit = {"displacement": 0.02, "before": 0.7, "after": 0.7, "update": 0.7}[where] * (1 if by == "max" else 3)
+    hit = []
+
+    def clip(v: Tensor, size: float) -> Tensor:
+        cut = v.clamp(-size, size) if by == "max" else torch.cat([p * min(1.0, size / float(p.norm())) for p in (v[:15], v[15:])])
+        hit.append(bool((cut != v).any()))
+        return cut
+
+    u = torch.zeros(DIM, dtype=torch.float64)
+
+    def rule(x: Tensor, d: Tensor, gamma: float) -> Tensor:
+        nonlocal u
+        old = clip(u, limit) if where == "before" and bool(u.any()) else u
+        new = 0.6 * old + (clip(gamma * d, limit) / gamma if where == "displacement" else d)
+        u = clip(new, limit) if where == "after" else new
+        return x - 0.9 * gamma * (clip(u, limit) if where == "update" else u)
+
+    chosen = {"local_steps": 4, "alpha": 0.9, "beta": 0.6, "clip": limit, "clip_where": where, "clip_by": by}
+    torch.testing.assert_close(drive(build("slowmo", chosen), RATES), reference(rule, 4), rtol=0, atol=1e-12)
+    assert any(hit) and not torch.equal(drive(build("slowmo", {**chosen, "clip": None}), RATES), drive(build("slowmo", chosen), RATES))
+
+
+def test_eta_of_form_b_falls_in_a_line() -> None:
+    """At the round that ends with step k (from 0): eta - k / eta_steps (eta - eta_end), then eta_end."""
+    m, step = torch.zeros(DIM, dtype=torch.float64), -1
+
+    def rule(x: Tensor, d: Tensor, gamma: float) -> Tensor:
+        nonlocal m, step
+        step += 4
+        eta = 3.0 - step / 13 * (3.0 - 0.5) if step <= 13 else 0.5
+        m = 0.7 * m + 0.3 * torch.sign(d)
+        return (1 - eta * gamma * 0.1) * x - eta * gamma * m
+
+    chosen = {"local_steps": 4, "beta": 0.7, "eta": 3.0, "eta_end": 0.5, "eta_steps": 13, "weight_decay": 0.1}
+    torch.testing.assert_close(drive(build("signed_slowmo_b", chosen), RATES), reference(rule, 4), rtol=0, atol=1e-12)
 
 
 def test_steps_left_over_end_in_a_plain_average() -> None:

@@ -56,6 +56,13 @@ class Owners:
         self.exchange.meter.add(part, 0, self.float_bits)
         return torch.cat(self.workers.gather(list(pieces), sizes=[b - a for a, b in self.ranges]))
 
+    def largest(self, vectors: Sequence[Tensor], part: str) -> Tensor:
+        """Elementwise maximum of one vector of numbers >= 0 per hosted owner, over all owners; each sends its own to everyone."""
+        kept = [v if b > a else v[:0] for v, (a, b) in zip(vectors, self.hosted, strict=True)]
+        sizes = [len(vectors[0]) if b > a else 0 for a, b in self.ranges]
+        self.exchange.meter.add(part, 0, self.largest_bits(len(vectors[0])))
+        return torch.stack([v for v in self.workers.gather(kept, sizes=sizes) if len(v)]).amax(0)
+
     def share_directions(self, pieces: Sequence[Tensor], part: str, like: Tensor, *, zeros: bool) -> Tensor:
         """The whole vector of directions -1, 0, +1 from every owner's piece, without loss.
 
@@ -102,6 +109,10 @@ class Owners:
     def direction_bits(self, *, zeros: bool) -> int:
         """Bits that all workers receive in one ``share_directions`` without unforeseen zeros."""
         return self.workers.count * 8 * sum(self._direction_bytes(a, b, 3 if zeros else 2) for a, b in self.ranges)
+
+    def largest_bits(self, length: int) -> int:
+        """Bits that all workers receive in one ``largest`` of vectors of ``length`` elements."""
+        return self.workers.count * 32 * length * sum(b > a for a, b in self.ranges)
 
     def _direction_bytes(self, start: int, stop: int, base: int) -> int:
         return packing.packed_bytes(base, stop - start) + _HEADER // 8 if stop > start else 0

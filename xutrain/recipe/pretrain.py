@@ -93,16 +93,9 @@ class PretrainRecipe(DataParallelRecipe):
         if getattr(self.method, "downlink", "fp32") == "sign" and shards is None:
             hint = f"method.shards=1 (one server) or up to {self.workers} (a shard each)"
             found.append(Issue("method.downlink", "signs travel back from an owner of the global state, and there is none", "sign", hint))
-        sign, bound = getattr(self.method, "sign", "exact"), getattr(self.method, "bound", "max")
-        if sign != "exact" and bound == "max" and shards is not None:
-            found.append(
-                Issue(
-                    "method.bound",
-                    "the largest value of a tensor is not known to the owner of a part of it",
-                    bound,
-                    "give a number: method.bound=10",
-                )
-            )
+        if getattr(self.method, "clip_by", "max") == "l2" and getattr(self.method, "clip", None) and shards is not None:
+            hint = "method.clip_by=max, or method.shards=null"
+            found.append(Issue("method.clip_by", "the norm of a tensor is not known to the owner of a part of it", "l2", hint))
         if shards is not None and self.exchange.mode in ("alltoall", "auto"):
             found.append(Issue("exchange.mode", "shards have their own exchange", self.exchange.mode, "leave exchange.mode out"))
         return found

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from xutrain.engine.base_optimizers import base_optimizer
+from xutrain.errors import Issue, RecipeError
 from xutrain.methods.base import DataParallel, Setup
 from xutrain.methods.owners import Owners
 from xutrain.registry import Named
@@ -62,9 +63,15 @@ class LocalSteps(DataParallel):
         self.rates: list[float] = []
         self.skipped = 0
         self.ratio = float("nan")
+        if setup.total_steps % options.local_steps and options.last_round == "refuse":  # a recipe in epochs could not know
+            what, hint = f"does not divide the run's {setup.total_steps} steps", "give train.steps, or method.last_round=average"
+            raise RecipeError(Issue("method.local_steps", what, options.local_steps, hint))
         self.owners = Owners(setup.exchange, self.x.numel(), options.shards) if options.shards else None
         held = self.owners.hosted if self.owners else [(0, self.x.numel())]
         self.memory = [self.fresh(self.x[start:stop]) for start, stop in held]
+
+    def exchanges(self, step: int) -> bool:
+        return (step + 1) % self.options.local_steps == 0 or step + 1 == self.setup.total_steps
 
     def fresh(self, x: Tensor) -> dict[str, Tensor]:
         """Global state of a part of the vector before the first round."""
@@ -95,10 +102,10 @@ class LocalSteps(DataParallel):
         gamma = {"last": self.rates[-1], "first": self.rates[0], "mean": sum(self.rates) / len(self.rates)}[self.options.gamma]
         self.rates = []
         messages = [self.x - theta for theta in self.points]
+        if self.divided and gamma > 0:
+            messages = [message.div_(gamma) for message in messages]
         if self._refuse_round(messages, gamma):
             return
-        if self.divided:
-            messages = [message.div_(gamma) for message in messages]
         number = (step + 1) // self.options.local_steps - 1
         before = self.x.clone()
         travelled = self._global_step(messages, gamma, number)
@@ -110,13 +117,15 @@ class LocalSteps(DataParallel):
     def _global_step(self, messages: list[Tensor], gamma: float, number: int) -> float:
         """x_t becomes x_{t+1}; returns the norm of the averaged displacement (zero where no process knows all of it)."""
         key = self.setup.ctx.key("round", number)
+        for message, error in zip(messages, self.error, strict=False):
+            message.add_(error)
         if self.owners is None:
-            result = self.setup.exchange.mean(self._compensated(messages), key, "displacement", want_sent=bool(self.error))
+            result = self.setup.exchange.mean(messages, key, "displacement", want_sent=bool(self.error))
             self._remember(messages, result.sent)
             travelled = float(torch.linalg.vector_norm(result.mean)) * (gamma if self.divided else 1.0)
             self.advance(self.x, result.mean, self.memory[0], gamma, Piece(0, self.x.numel(), number))
             return travelled
-        means, sent = self.owners.collect(self._compensated(messages), key, "displacement", want_sent=bool(self.error))
+        means, sent = self.owners.collect(messages, key, "displacement", want_sent=bool(self.error))
         self._remember(messages, sent)
         self.x = self.step_pieces(means, gamma, number)
         return 0.0
@@ -131,19 +140,14 @@ class LocalSteps(DataParallel):
             pieces.append(part)
         return self.owners.share(pieces, "model")
 
-    def _compensated(self, messages: list[Tensor]) -> list[Tensor]:
-        for message, error in zip(messages, self.error, strict=False):
-            message.add_(error)
-        return messages
-
     def _remember(self, messages: list[Tensor], sent: list[Tensor]) -> None:
         for message, error, decoded in zip(messages, self.error, sent, strict=False):
             torch.sub(message, decoded, out=error)
 
-    def _refuse_round(self, displacements: list[Tensor], gamma: float) -> bool:
-        """Go back to x_t for all where a worker's displacement is not finite, or where nothing moved as gamma is 0."""
-        bad = [not bool(torch.isfinite(d).all()) for d in displacements]
-        if not self.setup.workers.any(any(bad)) and gamma > 0:
+    def _refuse_round(self, messages: list[Tensor], gamma: float) -> bool:
+        """Go back to x_t for all where a worker's message is not finite, or where the method divides by gamma and gamma is 0."""
+        bad = [not bool(torch.isfinite(message).all()) for message in messages]
+        if not self.setup.workers.any(any(bad)) and (gamma > 0 or not self.divided):
             return False
         for slot, theta in enumerate(self.points):
             theta.copy_(self.x)

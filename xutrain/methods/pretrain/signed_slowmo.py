@@ -4,7 +4,8 @@
     B (signed_slowmo_b)   m <- beta m + (1 - beta) sign(D);    x <- (1 - eta gamma lambda) x - eta gamma m
 
 A is DSM with one beta and the momentum updated before use. B is the flag ``sign_momentum`` of the authors' program; its step
-is no sign, so parameters travel back. Limit of both: beta = 0 is signed Lookahead.
+is no sign, so parameters travel back. Limit of both: beta = 0 is signed Lookahead. B's eta may fall from ``eta`` in a straight
+line to ``eta_end`` within the first ``eta_steps`` steps, as in that program.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class SignedSlowMoB(LocalSteps):
     class Options(RoundOptions):
         beta: float = Field(0.8, ge=0, lt=1, description="momentum over rounds")
         eta: float = Field(1.0, gt=0, le=1e6, description="global rate")
+        eta_end: float | None = Field(None, ge=0, le=1e6, description="global rate from step eta_steps on; null: eta all the time")
+        eta_steps: int = Field(2000, ge=1, le=10**12, description="steps in which eta becomes eta_end")
         weight_decay: float = Field(0.1, ge=0, le=1e3, description="lambda: decay of the global step, on all parameters")
 
     def fresh(self, x: Tensor) -> dict[str, Tensor]:
@@ -50,6 +53,13 @@ class SignedSlowMoB(LocalSteps):
 
     def advance(self, x: Tensor, delta: Tensor, memory: dict[str, Tensor], gamma: float, piece: Piece) -> None:
         o = self.options
+        eta = self.rate((piece.round + 1) * o.local_steps - 1)
         memory["m"].mul_(o.beta).add_(delta.sign_(), alpha=1 - o.beta)
-        shrink(x, [(0, x.numel())], 1 - o.eta * gamma * o.weight_decay)
-        x.add_(memory["m"], alpha=-o.eta * gamma)
+        shrink(x, [(0, x.numel())], 1 - eta * gamma * o.weight_decay)
+        x.add_(memory["m"], alpha=-eta * gamma)
+
+    def rate(self, step: int) -> float:
+        """eta at the round that ends with ``step`` (from 0)."""
+        o = self.options
+        done = min(1.0, step / o.eta_steps)
+        return float(o.eta if o.eta_end is None else o.eta + done * (o.eta_end - o.eta))

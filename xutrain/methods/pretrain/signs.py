@@ -55,18 +55,22 @@ class SignSteps(LocalSteps):
         raise NotImplementedError
 
     def advance(self, x: Tensor, delta: Tensor, memory: dict[str, Tensor], gamma: float, piece: Piece) -> None:
-        self._move(x, self._signs(delta, memory, piece), gamma, piece)
+        (s,) = self._signs([self.direction(delta, memory)], [piece])
+        self._move(x, s, gamma, piece)
 
     def step_pieces(self, means: list[Tensor], gamma: float, number: int) -> Tensor:
-        if self.options.downlink == "fp32":
-            return super().step_pieces(means, gamma, number)
         assert self.owners is not None
-        held = zip(self.owners.hosted, means, self.memory, strict=True)
-        pieces = [self._signs(mean, memory, Piece(start, stop, number)) for (start, stop), mean, memory in held]
-        whole = self.owners.share_directions(pieces, "model", self.x, zeros=self.options.sign == "random3")
-        moved = self.x.clone()
-        self._move(moved, whole, gamma, Piece(0, self.x.numel(), number))
-        return moved
+        pieces = [Piece(start, stop, number) for start, stop in self.owners.hosted]
+        drawn = self._signs([self.direction(mean, memory) for mean, memory in zip(means, self.memory, strict=True)], pieces)
+        if self.options.downlink == "sign":
+            whole = self.owners.share_directions(drawn, "model", self.x, zeros=self.options.sign == "random3")
+            moved = self.x.clone()
+            self._move(moved, whole, gamma, Piece(0, self.x.numel(), number))
+            return moved
+        parts = [self.x[piece.start : piece.stop].clone() for piece in pieces]
+        for part, s, piece in zip(parts, drawn, pieces, strict=True):
+            self._move(part, s, gamma, piece)
+        return self.owners.share(parts, "model")
 
     def round_down_bits(self) -> int:
         assert self.owners is not None
@@ -76,10 +80,30 @@ class SignSteps(LocalSteps):
             else self.owners.direction_bits(zeros=self.options.sign == "random3")
         )
 
-    def _signs(self, delta: Tensor, memory: dict[str, Tensor], piece: Piece) -> Tensor:
-        vector = self.direction(delta, memory)
-        key = self.setup.ctx.key("sign", piece.round)
-        return signs(vector, self.options.sign, self.options.bound, key, piece.start, self.setup.layout)
+    def planned_bits(self, steps: int) -> dict[str, tuple[int, int]]:
+        parts = super().planned_bits(steps)
+        if self.owners is None or self.options.sign == "exact" or self.options.bound != "max":
+            return parts
+        rounds = steps // self.options.local_steps
+        return {**parts, "bounds": (0, rounds * self.owners.largest_bits(len(self.setup.layout)))}
+
+    def _signs(self, vectors: list[Tensor], pieces: list[Piece]) -> list[Tensor]:
+        """Signs of the hosted pieces of one vector."""
+        if self.options.sign == "exact":
+            return [torch.sign(v) for v in vectors]
+        key = self.setup.ctx.key("sign", pieces[0].round)
+        bounds = self._bounds(vectors, pieces)
+        return [signs(v, self.options.sign, b, key, p.start) for v, b, p in zip(vectors, bounds, pieces, strict=True)]
+
+    def _bounds(self, vectors: list[Tensor], pieces: list[Piece]) -> list[Tensor]:
+        """B of every element of the hosted pieces; owners of parts of a tensor tell each other the largest value in theirs."""
+        layout = self.setup.layout
+        if self.options.bound != "max":
+            return [torch.full_like(v, self.options.bound) for v in vectors]
+        mine = [maxima(v, layout, piece.start) for v, piece in zip(vectors, pieces, strict=True)]
+        most = mine[0] if self.owners is None else self.owners.largest(mine, "bounds")
+        spread = torch.repeat_interleave(most, torch.tensor([part.numel for part in layout], device=most.device))
+        return [spread[piece.start : piece.stop] for piece in pieces]
 
     def _move(self, x: Tensor, s: Tensor, gamma: float, piece: Piece) -> None:
         """Decay, then step."""
@@ -89,21 +113,21 @@ class SignSteps(LocalSteps):
         x.add_(s, alpha=-o.eta * gamma)
 
 
-def signs(v: Tensor, kind: str, bound: float | str, key: Key, start: int = 0, layout: list[Slice] | None = None) -> Tensor:
-    """Exact or randomised signs of ``v`` (shape (n,)), in v's dtype; zero where v is zero (random2: where B is zero).
+def maxima(v: Tensor, layout: list[Slice], start: int = 0) -> Tensor:
+    """Largest absolute value of each tensor of ``layout`` within ``v``, a part of a flat vector from ``start`` on; 0 outside it."""
+    inside = [v[max(part.start - start, 0) : max(part.stop - start, 0)] for part in layout]
+    return torch.stack([piece.abs().max() if piece.numel() else v.new_zeros(()) for piece in inside])
+
+
+def signs(v: Tensor, kind: str, bound: Tensor | float, key: Key, start: int = 0) -> Tensor:
+    """Randomised signs of ``v`` (shape (n,)), in v's dtype; zero where B is zero.
 
     Args:
-        bound: B, or "max" for the largest absolute value of each tensor of ``layout`` (of the vector without one).
+        kind: "random2" or "random3".
+        bound: B, one number or one per element; a value beyond it is drawn as if it were B.
         key, start: the draw; element i uses counter start + i, so a part of a vector draws what the whole would.
     """
-    if kind == "exact":
-        return torch.sign(v)
-    if bound == "max":
-        scale = torch.empty_like(v)
-        for a, b in [(0, v.numel())] if layout is None else [(part.start, part.stop) for part in layout]:
-            scale[a:b] = v[a:b].abs().max() if b > a else 0.0
-    else:
-        scale = torch.full_like(v, float(bound))
+    scale = torch.as_tensor(bound, dtype=v.dtype, device=v.device).expand_as(v)
     share = torch.where(scale > 0, v / scale, torch.zeros_like(v)).clamp_(-1, 1)
     uniform = torch.from_numpy((key.bits(v.numel(), start) >> 8).astype("float32") * 2.0**-24).to(v.device, v.dtype)
     if kind == "random3":
