@@ -93,7 +93,8 @@ def test_two_recipes_for_one_cell_are_refused(suite_file: Path) -> None:
 def test_finished_cells_are_recalled_and_never_run(fill: Any, runs: Path) -> None:
     table = fill({"fp": [0.9, 0.91], "orq3": [0.8, 0.81]})
     told: list[str] = []
-    results = sweep.carry_out(sweep.prepare(table, out=runs), 2, told.append)
+    results, stopped = sweep.carry_out(sweep.prepare(table, out=runs), 2, told.append)
+    assert not stopped
     assert [r["metrics"]["test_accuracy"] for r in results] == [0.9, 0.8, 0.91, 0.81]
     assert told == ["4 of 4 runs were finished before"]
 
@@ -130,6 +131,23 @@ def test_a_killed_sweep_goes_on_to_the_same_report(suite_file: Path, tmp_path: P
     again = subprocess.run(_command(suite_file, killed), capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert _numbers(suite_file, killed) == _numbers(suite_file, whole)
+
+
+def test_a_request_to_stop_ends_the_sweep_and_not_one_suite_of_it(suite_file: Path, tmp_path: Path) -> None:
+    suite_file.write_text(suite_file.read_text().replace("train.steps: 3", "train.steps: 100000, eval.every: 5"), encoding="utf-8")
+    second = tmp_path / "second.yaml"
+    second.write_text(suite_file.read_text(), encoding="utf-8")
+    runs = tmp_path / "runs"
+    command = [*_command(suite_file, runs), str(second)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(runs.glob("quantize/*/*/*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    shown, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    (only,) = json.loads(shown)["suites"]
+    assert (only["suite"], only["counts"]) == ("mine", {"stopped": 4})
 
 
 def _tables() -> list[tuple[str, str]]:

@@ -71,16 +71,18 @@ def sweep(
         tell = (lambda text: None) if quiet else lambda text: console.err.print(text, markup=False)
         head = f"suite {table.name}, scale {table.scale}{' (smoke)' if smoke else ''}"
         tell(f"{head}: {len(table.cells)} cells x {len(table.seeds)} seeds{_estimate(table, work, count)}")
-        results = sweeping.carry_out(work, count, tell, again=fresh)
+        results, stopped = sweeping.carry_out(work, count, tell, again=fresh)
         codes = [
             0 if r["exit_code"] == 4 and _may_diverge(table, job) else int(r["exit_code"]) for job, r in zip(work, results, strict=True)
         ]
         worst = max([worst, *codes], key=lambda code: (code != 0, code == 1, code))
         values.append(_value(table, work, results, manifest))
+        if stopped:
+            break
     if json:
-        console.print_json(values[0] if len(values) == 1 else {"suites": values})
+        console.print_json(values[0] if len(prepared) == 1 else {"suites": values})
     else:
-        _show_tables(tables, out)
+        _show_tables(tables[: len(values)], out)
         console.err.print(f"next: xutrain report {' '.join(names)}" + (f" --scale {scale}" if scale != "cpu" else ""), markup=False)
     raise typer.Exit(worst)
 

@@ -83,11 +83,13 @@ def write_manifest(table: Table, jobs: list[Job], out: Path) -> Path:
     return path
 
 
-def carry_out(jobs: list[Job], count: int, tell: Tell, *, again: bool = False) -> list[dict[str, Any]]:
-    """Run every job that is not finished, ``count`` at a time; returns one result a job, in order.
+def carry_out(jobs: list[Job], count: int, tell: Tell, *, again: bool = False) -> tuple[list[dict[str, Any]], bool]:
+    """Run every job that is not finished, ``count`` at a time.
 
-    A first INT or TERM asks the running ones to stop at a step boundary, with a checkpoint; a second ends them.
+    Returns one result a job, in order, and whether the sweep was asked to stop: a first INT or TERM asks the running ones
+    to stop at a step boundary, with a checkpoint; a second ends them.
     """
+    stopped = False
     results: dict[int, dict[str, Any]] = {}
     todo: list[int] = []
     first: dict[Path, int] = {}
@@ -101,8 +103,10 @@ def carry_out(jobs: list[Job], count: int, tell: Tell, *, again: bool = False) -
     if results:
         tell(f"{len(results)} of {len(first)} runs were finished before")
     if todo:
-        _Pool(jobs, todo, results, min(count, len(todo)), tell).run()
-    return [results[first[job.plan.folder]] for job in jobs]
+        pool = _Pool(jobs, todo, results, min(count, len(todo)), tell)
+        pool.run()
+        stopped = pool.interrupts > 0
+    return [results[first[job.plan.folder]] for job in jobs], stopped
 
 
 def _recall(job: Job) -> dict[str, Any]:
