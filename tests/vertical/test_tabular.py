@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from xutrain import registry
+from xutrain.data.party_file import load_party, load_scoring
 from xutrain.data.tabular import binary_labels, read_csv, read_libsvm, split_columns, split_rows
 from xutrain.errors import DataError
 
@@ -43,10 +44,18 @@ def test_party_files_join_on_ids_and_code_locally(two):
         ("id,v\n1,2\n2,\n4,1\n", r"b.csv:3: empty or NaN cell in column v"),
         ("id,v\n1,2\n2,nan\n4,1\n", r"b.csv:3: empty or NaN cell"),
         ("id,label\n1,0\n2,0\n4,1\n", "other labels for the same entity"),
+        ("id,v,v\n1,2,3\n2,3,4\n4,1,5\n", r"b.csv:1: a column name is there twice"),
+        ("id,v\n1,2\n 1 ,3\n", r"b.csv:3: duplicate id"),
+        ("id,v\n1,2\n2,-nan\n4,1\n", r"b.csv:3: empty or NaN cell"),
+        ("id,v\n1,2\n2,inf\n4,1\n", r"b.csv:3: column v is infinite"),
+        ("id,v\n1,2\n2,1e308\n4,-1e308\n", r"column v are too large to standardise"),
+        ("id\n1\n2\n4\n", r"b.csv: holds no feature columns"),
+        ("id,v\n1,2\n2,caf\xe9\n", r"b.csv: is no CSV in UTF-8"),
+        ("id,v\n1,2\n2," + "9" * 140_000 + "\n", r"b.csv: is no CSV in UTF-8, after line 2: field larger"),
     ],
 )
 def test_faults_of_a_csv_name_the_file_and_the_row(two, tmp_path, text, message):
-    (tmp_path / "b.csv").write_text(text)
+    (tmp_path / "b.csv").write_bytes(text.encode("latin1"))
     with pytest.raises(DataError, match=message):
         build("party_files", files=two, id="id", label="label")
 
@@ -58,6 +67,33 @@ def test_other_labels_are_refused(two, tmp_path, cell, message):
     (tmp_path / "a.csv").write_text(f"id,x,label\n1,0.5,1\n2,1.5,{cell}\n4,1,1\n")
     with pytest.raises(DataError, match=message):
         build("party_files", files=two, id="id", label="label")
+
+
+@pytest.mark.parametrize("cell", ["5x", "N/A", "1_000", "3\0"])
+def test_a_few_cells_of_text_do_not_turn_numbers_into_levels(tmp_path, cell):
+    (tmp_path / "a.csv").write_text("id,x,city,label\n" + "".join(f"{i},{i},{'AB'[i % 2]},{i % 2}\n" for i in range(1, 21)))
+    (tmp_path / "b.csv").write_text("id,v\n" + "".join(f"{i},{cell if i == 7 else i}\n" for i in range(1, 21)))
+    with pytest.raises(DataError, match=r"b.csv:8: column v holds numbers, but text in 1 of 20 cells"):
+        build("party_files", files={p: str(tmp_path / f"{p}.csv") for p in "ab"}, id="id", label="label")
+
+
+def test_a_party_may_hold_nothing_but_labels(two, tmp_path):
+    (tmp_path / "a.csv").write_text("id,label\n1,0\n2,1\n4,1\n")
+    data = build("party_files", files=two, id="id", label="label")
+    assert data.parties[0].columns == ["intercept"]
+    with pytest.raises(DataError, match="no feature columns"):
+        build("party_files", files=two, id="id", label="label", intercept=False)
+
+
+def test_a_file_to_be_scored_is_held_to_the_rules_of_training(two, tmp_path):
+    options = registry.load("dataset", "party_files").Options(name="party_files", files=two, id="id", label="label")
+    mine = load_party(options, "b", tmp_path / "b.csv")
+    model = {"columns": mine.block.columns, "preprocessing": mine.block.preprocessing}
+    assert np.array_equal(load_scoring(options, "b", tmp_path / "b.csv", model).block.test, mine.block.train)
+    for cell, message in (("", "empty or NaN"), ("inf", "infinite"), ("x", "now holds text")):
+        (tmp_path / "new.csv").write_text(f"id,v,w\n8,1,1\n7,{cell},2\n")
+        with pytest.raises(DataError, match=rf"new.csv:3: .*{message}"):
+            load_scoring(options, "b", tmp_path / "new.csv", model)
 
 
 def test_missing_numbers_become_the_training_mean_when_asked(two, tmp_path):

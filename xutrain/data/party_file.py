@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from xutrain.data.party_table import columns_of, labels_of, read_table, with_intercept
+from xutrain.data.party_table import columns_of, labels_of, needs_columns, read_table, with_intercept
 from xutrain.data.tabular import PartyBlock, Table, apply_preprocessing, fit_preprocessing, split_rows
 from xutrain.errors import DataError, Issue
 
@@ -55,10 +55,11 @@ def load_party(
         steps, x, names = table.form, table.matrix[lines], columns_of(table)
     else:
         steps = fit_preprocessing(columns, options.missing, np.flatnonzero(~test), path, lines)
-        x, names = apply_preprocessing(columns, steps, str(path))
+        x, names = apply_preprocessing(columns, steps, path, lines)
     y = labels_of(table, options)[lines] if table.label is not None else None
     if options.intercept and y is not None and leader in (None, party):
         x, names = with_intercept(x), [*names, "intercept"]
+    needs_columns(path, names)
     block = PartyBlock(party, names, _rows(x, ~test), _rows(x, test), steps)
     held = [i for i, out in zip(ids, test, strict=True) if out]
     return PartyData(block, ids, None if y is None else y[~test], None if y is None else y[test], held, table.note)
@@ -81,12 +82,13 @@ def load_scoring(
             Issue(str(path), f"the model was trained on a {'LIBSVM' if sparse_model else 'CSV'} file", path.suffix or path.name)
         )
     ids, columns = in_order(table, rows)
+    at = {i: line for line, i in enumerate(table.ids)}
+    lines = [at[i] for i in ids]
     x: Any
     if table.matrix is not None:
-        at = {i: line for line, i in enumerate(table.ids)}
-        x, names = table.matrix[[at[i] for i in ids]], columns_of(table)
+        x, names = table.matrix[lines], columns_of(table)
     else:
-        x, names = apply_preprocessing(columns, known, str(path))
+        x, names = apply_preprocessing(columns, known, path, lines)
     if model["columns"] == [*names, "intercept"]:
         x, names = with_intercept(x), [*names, "intercept"]
     if names != model["columns"]:

@@ -53,7 +53,10 @@ def read_ids(path: Path, rows: int, data: Path) -> list[str]:
         raise DataError(
             Issue(str(path), f"no such file: the ids of {data.name}, one a line", has_value=False, hint="write it, or give --ids FILE")
         )
-    found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as reason:
+        raise DataError(Issue(str(path), f"is no text in UTF-8: {reason}", has_value=False)) from None
     seen: dict[str, int] = {}
     for number, i in enumerate(found, 1):
         if not i:
@@ -70,6 +73,12 @@ def columns_of(table: Table) -> list[str]:
     """Names of the features of a LIBSVM table, counted from 0 whatever the base of its file."""
     assert table.matrix is not None
     return [f"f{j}" for j in range(table.matrix.shape[1])]
+
+
+def needs_columns(path: Path, names: list[str]) -> None:
+    """Raises DataError for a party that has nothing to add to a sum."""
+    if not names:
+        raise DataError(Issue(str(path), "holds no feature columns", has_value=False, hint="every party needs at least one"))
 
 
 def with_intercept(x: Any) -> Any:

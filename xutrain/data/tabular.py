@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -121,29 +121,41 @@ def read_csv(path: Path, id_column: str, label: str = "") -> Table:
     """
     if not path.is_file():
         raise DataError(Issue(str(path), "no such file", hint="give a party's CSV with --data or data.files", has_value=False))
-    with path.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.reader(lines)
-        header = next(reader, [])
-        if id_column not in header:
-            raise DataError(Issue(str(path), "no such id column", id_column, f"columns: {', '.join(header[:20])}"))
-        rows: list[list[str]] = []
-        seen: dict[str, int] = {}
-        at_id = header.index(id_column)
-        for row in reader:
-            line = reader.line_num
-            if len(row) != len(header):
-                raise DataError(Issue(f"{path}:{line}", f"{len(row)} cells, the header has {len(header)}", row[:3]))
-            if not row[at_id].strip():
-                raise DataError(Issue(f"{path}:{line}", "empty id", row[:3]))
-            if row[at_id] in seen:
-                raise DataError(
-                    Issue(f"{path}:{line}", f"duplicate id, first seen in line {seen[row[at_id]]}", row[at_id], "one row per entity")
-                )
-            seen[row[at_id]] = line
-            rows.append(row)
+    rows: list[list[str]] = []
+    line = 1
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as text:
+            reader = csv.reader(text)
+            header = [name.strip() for name in next(reader, [])]
+            at_id = _id_column(path, header, id_column)
+            seen: dict[str, int] = {}
+            for row in reader:
+                line = reader.line_num
+                if len(row) != len(header):
+                    raise DataError(Issue(f"{path}:{line}", f"{len(row)} cells, the header has {len(header)}", row[:3]))
+                row[at_id] = row[at_id].strip()
+                if not row[at_id]:
+                    raise DataError(Issue(f"{path}:{line}", "empty id", row[:3]))
+                if row[at_id] in seen:
+                    raise DataError(
+                        Issue(f"{path}:{line}", f"duplicate id, first seen in line {seen[row[at_id]]}", row[at_id], "one row per entity")
+                    )
+                seen[row[at_id]] = line
+                rows.append(row)
+    except (UnicodeDecodeError, csv.Error) as reason:
+        raise DataError(Issue(str(path), f"is no CSV in UTF-8, after line {line}: {reason}", has_value=False)) from None
     cells = {name: [row[at] for row in rows] for at, name in enumerate(header)}
     ids = cells.pop(id_column)
     return Table(path, ids, cells, cells.pop(label, None) if label else None)
+
+
+def _id_column(path: Path, header: list[str], name: str) -> int:
+    """Where the id column is. Raises DataError where it is missing or a name is there twice."""
+    if name not in header:
+        raise DataError(Issue(str(path), "no such id column", name, f"columns: {', '.join(header[:20])}"))
+    if twice := [column for at, column in enumerate(header) if column in header[:at]]:
+        raise DataError(Issue(f"{path}:1", "a column name is there twice", twice[0]))
+    return header.index(name)
 
 
 def label_values(table: Table, task: str, label: str) -> NDArray:
@@ -159,86 +171,105 @@ def label_values(table: Table, task: str, label: str) -> NDArray:
 
 
 def _number(cell: str, path: Path, at: int, column: str) -> float:
-    if cell.strip().lower() in MISSING:
-        return float("nan")
-    try:
-        return float(cell)
-    except ValueError:
-        raise DataError(Issue(f"{path}:{at + 2}", f"column {column} is not a number", cell)) from None
+    number = _parsed(cell)
+    if number is None:
+        raise DataError(Issue(f"{path}:{at + 2}", f"column {column} is not a number", cell))
+    return number
 
 
 MISSING = frozenset({"", "na", "nan", "null", "?"})
 
 
+def _parsed(cell: str) -> float | None:
+    """A cell as a number, NaN for an empty one, None for text."""
+    text = cell.strip().lower()
+    if text in MISSING:
+        return float("nan")
+    try:
+        return None if "_" in text else float(text)
+    except ValueError:
+        return None
+
+
 def fit_preprocessing(
-    columns: dict[str, list[str]], missing: str, rows: NDArray[np.int64], path: Path, row_lines: Sequence[int] | None = None
+    columns: dict[str, list[str]], missing: str, rows: NDArray[np.int64], path: Path, lines: Sequence[int]
 ) -> dict[str, Any]:
     """Learn one-hot levels, means and scales on ``rows`` (the training rows); kept in the party's model file.
 
     ``missing``: "error" names the first empty cell; "mean" puts the training mean of numbers, and a level of its own for text.
+    ``lines``: which row of the file each row is, for the message of an error.
+    Raises DataError: empty cells, infinite or enormous values, a column of numbers in which a few cells are text.
     """
     steps: dict[str, Any] = {"missing": missing, "columns": {}}
     for name, cells in columns.items():
-        gaps = [at for at, cell in enumerate(cells) if cell.strip().lower() in MISSING]
-        if gaps and missing == "error":
-            line = (row_lines[gaps[0]] if row_lines is not None else gaps[0]) + 2
-            raise DataError(
-                Issue(
-                    f"{path}:{line}",
-                    f"empty or NaN cell in column {name} ({len(gaps)} in all)",
-                    cells[gaps[0]],
-                    "clean the file or set data.missing=mean",
-                )
-            )
-        numbers = _as_numbers(cells)
-        if numbers is None:
+        parsed = [_parsed(cell) for cell in cells]
+        _no_gaps(name, cells, parsed, missing, path, lines)
+        text = [at for at, number in enumerate(parsed) if number is None]
+        if text and 10 * len(text) < sum(number is not None and number == number for number in parsed):
+            what = f"column {name} holds numbers, but text in {len(text)} of {len(cells)} cells"
+            hint = "clean the file; empty, NA, NaN, null and ? mean a missing value"
+            raise DataError(Issue(f"{path}:{lines[text[0]] + 2}", what, cells[text[0]], hint))
+        if text:
             levels = sorted({cells[i].strip() or "missing" for i in rows})
             hot = np.array([[cells[i].strip() or "missing"] for i in rows]) == np.array(levels)
             steps["columns"][name] = {"levels": levels, "mean": hot.mean(axis=0).tolist(), "scale": _scale(hot.std(axis=0)).tolist()}
-        else:
-            seen = numbers[rows][~np.isnan(numbers[rows])]
-            if not np.isfinite(seen).all():
-                raise DataError(Issue(str(path), f"column {name} holds an infinite value", hint="clean the file", has_value=False))
-            mean = float(seen.mean()) if len(seen) else 0.0
-            steps["columns"][name] = {"mean": [mean], "scale": _scale(np.array([seen.std() if len(seen) else 0.0])).tolist()}
+            continue
+        numbers = _finite(name, parsed, path, lines)[rows]
+        seen = numbers[~np.isnan(numbers)]
+        with np.errstate(over="ignore"):
+            mean, spread = (float(seen.mean()), float(seen.std())) if len(seen) else (0.0, 0.0)
+        if not np.isfinite(spread):
+            raise DataError(Issue(str(path), f"the values of column {name} are too large to standardise", float(np.abs(seen).max())))
+        steps["columns"][name] = {"mean": [mean], "scale": _scale(np.array([spread])).tolist()}
     return steps
 
 
-def apply_preprocessing(columns: dict[str, list[str]], steps: dict[str, Any], where: str) -> tuple[NDArray[np.float64], list[str]]:
-    """Standardised dense block and its column names; unseen levels are zeros. Raises DataError for other columns."""
+def apply_preprocessing(
+    columns: dict[str, list[str]], steps: dict[str, Any], path: Path, lines: Sequence[int]
+) -> tuple[NDArray[np.float64], list[str]]:
+    """Standardised dense block and its column names; unseen levels are zeros. Raises DataError for other columns, or cells like those
+    that ``fit_preprocessing`` refuses."""
     if list(columns) != list(steps["columns"]):
         missing = [c for c in steps["columns"] if c not in columns]
         extra = [c for c in columns if c not in steps["columns"]]
         raise DataError(
             Issue(
-                where,
+                str(path),
                 "columns differ from those of the model",
                 {"missing": missing, "extra": extra},
                 "use the same file layout as in training",
             )
         )
-    parts, names = [], []
+    parts, names = [np.zeros((len(lines), 0))], []
     for name, step in steps["columns"].items():
+        cells = columns[name]
+        parsed = [_parsed(cell) for cell in cells]
+        _no_gaps(name, cells, parsed, steps["missing"], path, lines)
         if "levels" in step:
-            raw = (np.array([[c.strip() or "missing"] for c in columns[name]]) == np.array(step["levels"])).astype(np.float64)
+            raw = (np.array([[c.strip() or "missing"] for c in cells]) == np.array(step["levels"])).astype(np.float64)
             names += [f"{name}={level}" for level in step["levels"]]
         else:
-            numbers = _as_numbers(columns[name])
-            if numbers is None:
-                raise DataError(
-                    Issue(where, f"column {name} was numeric in training and now holds text", hint="check the file", has_value=False)
-                )
+            numbers = _finite(name, parsed, path, lines)
             raw = np.where(np.isnan(numbers), step["mean"][0], numbers)[:, None]
             names.append(name)
         parts.append((raw - np.array(step["mean"])) / np.array(step["scale"]))
     return np.ascontiguousarray(np.hstack(parts)), names
 
 
-def _as_numbers(cells: Iterable[str]) -> NDArray[np.float64] | None:
-    try:
-        return np.array([np.nan if c.strip().lower() in MISSING else float(c) for c in cells])
-    except ValueError:
-        return None
+def _no_gaps(name: str, cells: list[str], parsed: list[float | None], missing: str, path: Path, lines: Sequence[int]) -> None:
+    gaps = [at for at, number in enumerate(parsed) if number is not None and number != number]
+    if gaps and missing == "error":
+        what = f"empty or NaN cell in column {name} ({len(gaps)} in all)"
+        raise DataError(Issue(f"{path}:{lines[gaps[0]] + 2}", what, cells[gaps[0]], "clean the file or set data.missing=mean"))
+
+
+def _finite(name: str, parsed: list[float | None], path: Path, lines: Sequence[int]) -> NDArray[np.float64]:
+    """A column of numbers, NaN where a cell is empty."""
+    for at, number in enumerate(parsed):
+        if number is None or abs(number) == float("inf"):
+            what = f"column {name} was numeric in training and now holds text" if number is None else f"column {name} is infinite here"
+            raise DataError(Issue(f"{path}:{lines[at] + 2}", what, has_value=False, hint="clean the file"))
+    return np.array(parsed, dtype=np.float64)
 
 
 def _scale(std: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -256,7 +287,7 @@ def read_libsvm(path: Path, features: int | None = None, zero_based: str = "auto
         raise DataError(Issue(str(path), "no such file", hint="set data.path to the LIBSVM file", has_value=False))
     labels: list[float] = []
     indptr, indices, values = [0], [], []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             fields = line.split("#")[0].split()
             if not fields:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy import sparse
 
-from xutrain.data.party_table import columns_of, read_table, with_intercept
+from xutrain.data.party_table import columns_of, needs_columns, read_table, with_intercept
 from xutrain.data.tabular import (
     Matrix,
     PartyBlock,
@@ -165,9 +165,10 @@ def joined(name: str, tables: dict[str, Table], label: str, task: str, missing: 
         else:
             columns = {c: [cells[i] for i in lines] for c, cells in table.columns.items()}
             steps = fit_preprocessing(columns, missing, np.flatnonzero(~test), table.path, lines)
-            x, names = apply_preprocessing(columns, steps, str(table.path))
+            x, names = apply_preprocessing(columns, steps, table.path, lines)
         if intercept and party == holders[0]:
             x, names = with_intercept(x), [*names, "intercept"]
+        needs_columns(table.path, names)
         blocks += _blocks(x, names, test, [party], [range(len(names))])
         blocks[-1].preprocessing = steps
     classes = int(y.max()) + 1 if task == "classes" else 0
