@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xutrain.engine.replica import Slice
 from xutrain.engine.rng import Key
-from xutrain.errors import Issue, XutrainError
+from xutrain.errors import Issue, UsageError, XutrainError
 from xutrain.registry import Named
 
 
@@ -116,6 +116,19 @@ class Codec:
         """
         raise NotImplementedError
 
+    def received(self, payload: Payload) -> Tensor:
+        """The bytes of ``payload``, placed so that they can be read as numbers.
+
+        Raises:
+            UsageError: they are not as many as a vector of ``payload.length`` elements takes.
+        """
+        data, bits = payload.data, self.payload_bits(payload.length)
+        if data.dtype != torch.uint8 or data.dim() != 1 or payload.bits != bits:
+            what = f"{self.label} takes {bits // 8} bytes (uint8) for {payload.length} elements"
+            raise UsageError(Issue("payload", what, f"{data.dtype}, shape {tuple(data.shape)}", "decode with the options that encoded it"))
+        data = data.contiguous()
+        return data if data.storage_offset() % 8 == 0 else data.clone()
+
     def payload_bits(self, length: int) -> int:
         """Closed form of ``encode(v).bits`` for a vector of ``length`` elements."""
         raise NotImplementedError
@@ -128,6 +141,17 @@ class Codec:
     def label(self) -> str:
         """Short name with the options that tell variants apart, as tables print it (``orq-9``)."""
         return str(self.options.name)
+
+
+def as_vector(vector: Tensor) -> Tensor:
+    """A contiguous float32 vector that shares memory where it can. Raises UsageError for other shapes and types."""
+    if not isinstance(vector, Tensor):
+        raise UsageError(Issue("vector", "must be a torch tensor", type(vector).__name__, "torch.as_tensor makes one"))
+    if vector.dim() != 1 or not vector.dtype.is_floating_point:
+        raise UsageError(
+            Issue("vector", "must be a floating-point tensor of one dimension", f"{vector.dtype}, shape {tuple(vector.shape)}")
+        )
+    return vector.detach().to(torch.float32).contiguous()
 
 
 def check_finite(vector: Tensor, bucket: int) -> None:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from xutrain.engine.rng import Key
 from xutrain.methods.codecs import packing
-from xutrain.methods.codecs.base import Codec, Payload, check_finite
+from xutrain.methods.codecs.base import Codec, Payload, as_vector, check_finite
 from xutrain.methods.codecs.rounding import greater, look_up, need_key, on_host, row_sums
-from xutrain.methods.codecs.scalar import as_vector
 from xutrain.methods.codecs.walsh import hadamard
 from xutrain.registry import Named, codec
 
@@ -22,6 +21,8 @@ _LEVELS = {2: (0.7979,), 3: (1.2240,), 5: (0.7646, 1.7241), 9: (0.4436, 0.9188, 
 _THRESHOLDS = {2: (), 3: (0.6120,), 5: (0.3823, 1.2444), 9: (0.2218, 0.6812, 1.1976, 1.8655)}
 _KEY_BYTES = 8
 _BLOCK = 1 << 16
+_MAX = float(torch.finfo(torch.float32).max)
+_LARGE = 1e28  # above this the transform of 2^24 values may overflow
 
 
 @codec("eden", summary="beyond the paper: random rotation, Gaussian Lloyd-Max levels, one scale per bucket")
@@ -30,7 +31,7 @@ class Eden(Codec):
 
     S = ||v||^2 / <r, q> makes it unbiased over the rotation (to sampling error: one randomised Hadamard transform is not a
     uniform rotation); ``scale: least_squares`` takes S = <r, q> / ||q||^2 instead, which is biased, of least error, and
-    contractive. A bucket is padded to a power of two, N; the padding is sent.
+    contractive. A bucket is padded to a power of two, N; the padding is sent. Scales beyond float32 saturate.
 
     Wire: 8 bytes that both sides derive the flips from, one float32 per bucket, the packed symbols of all padded buckets. The
     8 bytes are counted: nothing travels beside the payload.
@@ -109,24 +110,27 @@ class Eden(Codec):
             scale = norm / inner
         else:
             scale = inner / row_sums(q.double().square())
-        return torch.where(norm > 0, scale * peak, 0.0).float()
+        return torch.where(norm > 0, scale * peak, 0.0).clamp(max=_MAX).float()
 
     def decode(self, payload: Payload) -> Tensor:
-        length, data, device = payload.length, payload.data, payload.data.device
+        length, data, device = payload.length, self.received(payload), payload.data.device
         out = torch.empty(length, device=device)
         if not length:
             return out
         buckets, padded = self._shape(length)
         head = _KEY_BYTES + 4 * buckets
         seed = int.from_bytes(data[:_KEY_BYTES].cpu().numpy().tobytes(), "little")
-        scales = data[_KEY_BYTES:head].clone().view(torch.float32).view(-1, 1)
+        scales = data[_KEY_BYTES:head].view(torch.float32).view(-1, 1)
+        small = 2.0**-32 if float(scales.amax()) > _LARGE else 1.0  # keeps the sums of the transform finite
         symbols = packing.unpack(data[head:], self.base, padded)
         for first, last, start, stop, width, at in self._blocks(length, device):
             size = _power(width)
             q = torch.empty(last - first, size, device=device)
-            grid = self.grid.to(device) * (scales[first:last] / size**0.5)
+            grid = self.grid.to(device) * (scales[first:last] * small / size**0.5)
             look_up(grid.contiguous(), symbols[at : at + q.numel()].view_as(q), q)
             rows = hadamard(q) * _flips(seed, at, q.shape, device)
+            if small != 1.0:
+                rows = (rows / small).clamp(-_MAX, _MAX)
             out[start:stop] = rows[:, :width].reshape(-1)
         return out
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from xutrain.engine.rng import Key
-from xutrain.methods.codecs.base import Codec, Payload, check_finite
-from xutrain.methods.codecs.scalar import as_vector
+from xutrain.methods.codecs.base import Codec, Payload, as_vector, check_finite
 from xutrain.registry import Named, codec
 
 
@@ -26,9 +25,8 @@ class Plain(Codec):
         return Payload(data, vector.numel())
 
     def decode(self, payload: Payload) -> Tensor:
-        if not payload.length:
-            return torch.empty(0, device=payload.data.device)
-        return payload.data.view(self.dtype).to(torch.float32, copy=True)
+        data = self.received(payload)
+        return data.view(self.dtype).to(torch.float32, copy=True) if payload.length else data.float()
 
     def payload_bits(self, length: int) -> int:
         return 8 * self.dtype.itemsize * length

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xutrain.engine.replica import Slice
 from xutrain.engine.rng import Key
-from xutrain.methods.codecs.base import Codec, Payload, check_finite
+from xutrain.methods.codecs.base import Codec, Payload, as_vector, check_finite
 from xutrain.registry import Named, codec
 
 _EPS = 1e-8
@@ -134,18 +134,20 @@ class LowRank(Codec):
         sent: list[Tensor] = []
         alone = LowRank(self.options)
         alone.lay(self.layout)
+        vector = as_vector(vector)
         if vector.numel():
-            alone.reduce([vector.detach().float().clone()], lambda tensors: sent.append(tensors[0]) or tensors[0], key or Key())  # type: ignore[func-returns-value]
+            alone.reduce([vector.clone()], lambda tensors: sent.append(tensors[0]) or tensors[0], key or Key())  # type: ignore[func-returns-value]
         data = torch.cat(sent) if sent else vector.new_empty(0)
         return Payload(data.view(torch.uint8) if data.numel() else data.to(torch.uint8), vector.numel())
 
     def decode(self, payload: Payload) -> Tensor:
         out = torch.zeros(payload.length, device=payload.data.device)
+        data = self.received(payload)
         if not payload.length:
             return out
         parts = self.matrices(payload.length)
         low = [p for p in parts if p.rank]
-        numbers = payload.data.view(torch.float32)
+        numbers = data.view(torch.float32)
         left = [orthonormal(f) for f in _split(numbers, [(p.rows, p.rank) for p in low])]
         at = sum(p.rows * p.rank for p in low)
         for p in parts:

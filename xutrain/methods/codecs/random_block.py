@@ -10,6 +10,7 @@ No factor 1 / probability: E||v - C(v)||^2 = (1 - b/n) ||v||^2 exactly. Limit: r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -46,19 +47,22 @@ class RandomBlock(SharedSupport):
             False, description="Blocks in the order of a random permutation: each coordinate is sent within 2R - 1 exchanges."
         )
 
+    _parts_length = -1
+    _parts_of: Sequence[Slice] = ()
+
     @property
     def label(self) -> str:
         o = self.options
         return f"random-block-{o.ratio:g}" + ("" if o.scope == "tensor" else f"-{o.scope}") + ("-balanced" if o.balanced else "")
 
-    def lay(self, layout: list[Slice]) -> None:  # type: ignore[override]
+    def lay(self, layout: Sequence[Slice]) -> None:
         super().lay(layout)
         check_ratio(self, self.options.ratio, self.options.scope == "flat")
 
     def parts(self, length: int) -> list[Part]:
         """What is cut, in the order of the tensors."""
-        if getattr(self, "_parts_of", None) != (length, len(self.layout)):
-            self._parts_of = (length, len(self.layout))
+        if self._parts_length != length or self._parts_of is not self.layout:
+            self._parts_length, self._parts_of = length, self.layout
             self._parts = [
                 self._part(p)
                 for p in ([Slice("", (length,), 0, length)] if self.options.scope == "flat" else self.tensors(length))

@@ -53,7 +53,7 @@ class RandomK(SharedSupport):
         return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 
     def gain(self, length: int, device: torch.device) -> Tensor | None:
-        if not self.options.rescale:
+        if not self.options.rescale or not length:
             return None
         return torch.cat([torch.full((self.count(n),), n / self.count(n), device=device) for _, _, n in flat_or_tensors(self, length)])
 

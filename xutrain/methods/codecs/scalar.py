@@ -15,9 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from xutrain.engine.rng import Key
-from xutrain.errors import Issue, UsageError
 from xutrain.methods.codecs import gpu, packing, rounding
-from xutrain.methods.codecs.base import Codec, Payload, check_finite
+from xutrain.methods.codecs.base import Codec, Payload, as_vector, check_finite
 from xutrain.methods.codecs.rounding import Draws, look_up, moments, need_key, round_randomly, row_sums
 from xutrain.registry import Named
 
@@ -51,15 +50,6 @@ def blocks(length: int, bucket: int, elements: int) -> Iterator[Block]:
         yield Block(first, last, first * bucket, last * bucket, bucket)
     if length % bucket:
         yield Block(full, full + 1, full * bucket, length, length - full * bucket)
-
-
-def as_vector(vector: Tensor) -> Tensor:
-    """A contiguous float32 vector that shares memory where it can. Raises UsageError for other shapes and types."""
-    if vector.dim() != 1 or not vector.dtype.is_floating_point:
-        raise UsageError(
-            Issue("vector", "must be a floating-point tensor of one dimension", f"{vector.dtype}, shape {tuple(vector.shape)}")
-        )
-    return vector.detach().to(torch.float32).contiguous()
 
 
 def clipped(rows: Tensor, multiple: float) -> Tensor:
@@ -162,16 +152,16 @@ class ScalarCodec(Codec):
 
     def decode(self, payload: Payload) -> Tensor:
         """The vector of shape (payload.length,), float32: a table look-up per element."""
-        length, data = payload.length, payload.data
-        out = torch.empty(length, device=data.device)
+        length, device = payload.length, payload.data.device
+        out = torch.empty(length, device=device)
+        levels, packed = self._head(payload)
         if not length:
             return out
-        kernels = self._kernels(data.device)
+        kernels = self._kernels(device)
         if kernels:
-            levels, packed = self._head(payload)
             kernels.unpack(packed, levels.contiguous(), self.bucket(length), out)
             return out
-        levels, symbols = self.unseal(payload)
+        symbols = packing.unpack(packed, self.base, length)
         for block in self._blocks(out):
             rows = out[block.start : block.stop].view(-1, block.width)
             look_up(levels[block.first : block.last], symbols[block.start : block.stop].view_as(rows), rows)
@@ -212,8 +202,9 @@ class ScalarCodec(Codec):
     def _head(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Levels (buckets, base) and packed symbols."""
         head = self._buckets(payload.length) * self.sent * self._dtype.itemsize
-        numbers = payload.data[:head].clone().view(self._dtype).view(-1, self.sent).float()
-        return self.table(numbers), payload.data[head:]
+        data = self.received(payload)
+        numbers = data[:head].clone().view(self._dtype).view(-1, self.sent).float()
+        return self.table(numbers), data[head:]
 
     def _kernels(self, device: torch.device) -> Any:
         """Triton's kernels where they serve this alphabet on this device."""

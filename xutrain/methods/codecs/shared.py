@@ -5,14 +5,16 @@ So plain all-reduce works, on the slice alone; no indices cross the wire, becaus
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xutrain.engine.replica import Slice
 from xutrain.engine.rng import Key
 from xutrain.errors import Issue, RecipeError
-from xutrain.methods.codecs.base import Codec, Payload, check_finite
+from xutrain.methods.codecs.base import Codec, Payload, as_vector, check_finite
 from xutrain.methods.codecs.rounding import need_key
 
 
@@ -27,6 +29,8 @@ class SharedSupport(Codec):
     random = True
     shared_support = True
     per_tensor = True
+    _known: tuple[int, Key, str] | None = None
+    _known_of: Sequence[Slice] = ()
 
     def draw(self, length: int, key: Key) -> Tensor:
         """The coordinates that are sent, distinct, int64 of shape (payload_bits(length) / 32,)."""
@@ -38,18 +42,22 @@ class SharedSupport(Codec):
 
     def positions(self, length: int, key: Key | None, device: torch.device | str = "cpu") -> Tensor:
         """``draw`` on a device; the last draw is remembered, since every worker of a process asks for the same."""
-        known = (length, need_key(key, str(self.options.name)).fold(worker=0), str(device))
-        if getattr(self, "_known", None) != known:
-            self._drawn = self.draw(length, known[1]).to(device)
-            self._known = known
+        shared = need_key(key, str(self.options.name)).fold(worker=0)
+        wanted = (length, shared, str(device))
+        if self._known != wanted or self._known_of is not self.layout:
+            self._drawn = self.draw(length, shared).to(device)
+            self._known, self._known_of = wanted, self.layout
         return self._drawn
 
     def take(self, vector: Tensor, key: Key | None) -> Tensor:
-        """What is sent of ``vector``, in its own type."""
-        values = vector[self.positions(vector.numel(), key, vector.device)]
-        check_finite(values, 1)
+        """What is sent of ``vector``, in its own type. Raises NonFinite where that holds NaN or infinity."""
+        at = self.positions(vector.numel(), key, vector.device)
+        values = vector[at]
+        if not bool(torch.isfinite(values.sum())):
+            check_finite(vector, max(1, vector.numel()))
         gain = self.gain(vector.numel(), vector.device)
-        return values if gain is None else values.mul_(gain)
+        bound = torch.finfo(values.dtype).max
+        return values if gain is None else values.mul_(gain).clamp_(-bound, bound)
 
     def put(self, values: Tensor, length: int, key: Key | None) -> Tensor:
         """The vector of ``length`` elements that ``values`` stand for."""
@@ -58,15 +66,15 @@ class SharedSupport(Codec):
         return out
 
     def encode(self, vector: Tensor, key: Key | None = None) -> Payload:
-        key = need_key(key, str(self.options.name)).fold(worker=0)
-        values = self.take(vector.detach(), key).float()
-        data = values.view(torch.uint8) if values.numel() else values.new_empty(0, dtype=torch.uint8)
-        return Payload(data, vector.numel(), key)
+        key, vector = need_key(key, str(self.options.name)).fold(worker=0), as_vector(vector)
+        check_finite(vector, max(1, vector.numel()))  # all of it: what is not sent now is somebody's residual
+        if not vector.numel():
+            return Payload(vector.new_empty(0, dtype=torch.uint8), 0, key)
+        return Payload(self.take(vector, key).view(torch.uint8), vector.numel(), key)
 
     def decode(self, payload: Payload) -> Tensor:
-        if not payload.length:
-            return torch.empty(0, device=payload.data.device)
-        return self.put(payload.data.view(torch.float32).clone(), payload.length, payload.key)
+        data = self.received(payload)
+        return self.put(data.view(torch.float32), payload.length, payload.key) if payload.length else data.float()
 
 
 def check_ratio(codec: Codec, ratio: float, flat: bool) -> None:

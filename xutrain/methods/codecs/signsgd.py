@@ -8,9 +8,8 @@ from torch import Tensor
 
 from xutrain.engine.rng import Key
 from xutrain.methods.codecs import packing
-from xutrain.methods.codecs.base import Codec, Payload, check_finite
+from xutrain.methods.codecs.base import Codec, Payload, as_vector, check_finite
 from xutrain.methods.codecs.rounding import at_least
-from xutrain.methods.codecs.scalar import as_vector
 from xutrain.registry import Named, codec
 
 
@@ -35,7 +34,7 @@ class SignSGD(Codec):
         return Payload(packing.pack(symbols, 2), vector.numel())
 
     def decode(self, payload: Payload) -> Tensor:
-        return packing.unpack(payload.data, 2, payload.length).float().mul_(2.0).sub_(1.0)
+        return packing.unpack(self.received(payload), 2, payload.length).float().mul_(2.0).sub_(1.0)
 
     def payload_bits(self, length: int) -> int:
         return 8 * packing.packed_bytes(2, length)

@@ -16,8 +16,7 @@ from torch import Tensor
 from xutrain.engine.replica import Slice
 from xutrain.engine.rng import Key
 from xutrain.methods.codecs import packing
-from xutrain.methods.codecs.base import Codec, Payload, check_finite
-from xutrain.methods.codecs.scalar import as_vector
+from xutrain.methods.codecs.base import Codec, Payload, as_vector, check_finite
 from xutrain.methods.codecs.shared import check_ratio, flat_or_tensors
 from xutrain.registry import Named, codec
 
@@ -72,13 +71,14 @@ class TopK(Codec):
         return Payload(torch.cat([values.view(torch.uint8), packing.pack(bits, 2)]), vector.numel())
 
     def decode(self, payload: Payload) -> Tensor:
-        out = torch.zeros(payload.length, device=payload.data.device)
+        data = self.received(payload)
+        out = torch.zeros(payload.length, device=data.device)
         parts = list(self._parts(payload.length))
         if not parts:
             return out
         count, total = parts[-1].value + parts[-1].k, parts[-1].bit + parts[-1].k * parts[-1].width
-        values = payload.data[: 4 * count].clone().view(torch.float32)
-        bits = packing.unpack(payload.data[4 * count :], 2, total)
+        values = data[: 4 * count].view(torch.float32)
+        bits = packing.unpack(data[4 * count :], 2, total)
         for p in parts:
             mine = values[p.value : p.value + p.k]
             at = _from_bits(bits[p.bit : p.bit + p.k * p.width], p.k, p.width)
