@@ -302,6 +302,8 @@ def test_recipes_that_cannot_be_right(method: str, changes: dict[str, Any], wher
         ({"model.width": 9}, "model.width"),
         ({"data.context": 1_000_000}, "data.context"),
         ({"optimizer.name": "torch", "optimizer.torch_class": "Adagrid"}, "optimizer.torch_class"),
+        ({"optimizer.name": "torch", "optimizer.torch_class": "SparseAdam"}, "optimizer.torch_class"),
+        ({"optimizer.name": "torch", "optimizer.torch_class": "Rprop"}, "optimizer.weight_decay"),
         (
             {"optimizer.name": "torch", "optimizer.torch_class": "Adagrad", "optimizer.torch_options": "{nonsense: 1}"},
             "optimizer.torch_options",

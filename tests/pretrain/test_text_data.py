@@ -12,6 +12,7 @@ import torch
 
 from xutrain.data import bpe, text_files
 from xutrain.data.prepare import prepare, verify
+from xutrain.engine.rng import Key
 from xutrain.errors import DataError
 from xutrain.recipe import resolve
 
@@ -92,11 +93,20 @@ def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
         task(path=str(tmp_path / "nowhere"))
 
 
-def _vocabulary(folder: Path) -> None:
+def test_both_splits_get_a_document(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"{i}" * 40)
+    for fraction in (0.001, 0.5, 0.999):
+        found = task(path=str(tmp_path), context=8, val_fraction=fraction)
+        assert sum(len(s) for s in found.splits.values()) == 122 or fraction == 0.5
+        assert min(len(s) for s in found.splits.values()) >= 40
+
+
+def _vocabulary(folder: Path, special: tuple[str, ...] = ("<|endoftext|>",)) -> None:
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator([PROSE], vocab_size=300, special_tokens=["<|endoftext|>"])
+    tokenizer.train_from_iterator([PROSE], vocab_size=300, special_tokens=list(special))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_model(str(folder))
 
@@ -117,9 +127,47 @@ def test_documents_become_a_prepared_token_array(tmp_path: Path) -> None:
 def test_a_line_without_text_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     _vocabulary(folder)
-    (folder / "b.jsonl").write_text('{"text": "fine"}\n{"body": "no"}\n')
-    with pytest.raises(DataError, match=r"b.jsonl:2"):
-        prepare("text_folder", folder)
+    for wrong in ('{"body": "no"}', '{"text": null}', '{"text": 3}', '["text"]', "{"):
+        (folder / "b.jsonl").write_text('{"text": "fine"}\n' + wrong + "\n")
+        with pytest.raises(DataError, match=r"b.jsonl:2"):
+            prepare("text_folder", folder)
+    (folder / "b.jsonl").write_text('{"text": "the cat"}\n\n{"text": "the rat"}\n\n')  # empty lines are no documents
+    assert list(text_files.documents([folder / "b.jsonl"])) == ["the cat", "the rat"]
+
+
+def test_a_vocabulary_lies_beside_a_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _vocabulary(tmp_path / "mine")
+    (tmp_path / "mine" / "a.txt").write_text(PROSE)
+    found = task(path="~/mine/a.txt", tokenizer="gpt2", context=4)
+    assert 256 < found.vocabulary <= 300 and max(int(s.max()) for s in found.splits.values()) < found.vocabulary
+
+
+def test_vocabularies_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.txt").write_text("the cat")
+    _vocabulary(tmp_path / "mine", special=())
+    with pytest.raises(DataError, match="endoftext"):
+        prepare("text_folder", tmp_path / "mine")
+    (tmp_path / "mine" / "vocab.json").write_text("{")
+    with pytest.raises(DataError, match="no vocabulary of byte pairs"):
+        task(path=str(tmp_path / "mine"), tokenizer="gpt2", context=4)
+
+
+def test_a_token_that_the_first_look_missed_is_named_when_it_is_drawn(tmp_path: Path) -> None:
+    """A file is looked at here and there before a run; what is drawn is looked at as well."""
+    tokens = (np.arange(3_000_000) % 200).astype(np.uint16)
+    tokens[:100].tofile(tmp_path / "val.bin")
+    tokens[9000] = 250  # a look takes 256 blocks of 4096
+    tokens.tofile(tmp_path / "train.bin")
+    found = task("tokens", path=str(tmp_path), vocabulary=250, context=4)
+    assert found.batch(torch.tensor([2000]), Key()).inputs.shape == (1, 4)
+    with pytest.raises(DataError, match="beyond the vocabulary of 250"):
+        found.batch(torch.tensor([2250]), Key())
+    tokens[-1] = 251
+    tokens.tofile(tmp_path / "train.bin")
+    with pytest.raises(DataError, match=r"beyond the vocabulary of 250 \(got 251\)"):
+        task("tokens", path=str(tmp_path), vocabulary=250, context=4)
 
 
 def test_without_a_vocabulary_the_way_out_is_said(tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ class TextTask(Task):
 
     def _windows(self, split: str, places: np.ndarray) -> Batch:
         tokens = self.splits[split][places[:, None] + np.arange(self.context + 1)]
+        if int(tokens.max()) >= self.vocabulary:
+            raise _beyond(split, int(tokens.max()), self.vocabulary)
         both = torch.from_numpy(tokens.astype(np.int64))
         return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous())
 
@@ -106,7 +108,7 @@ class Text:
         if options.tokenizer == "bytes":
             return TextTask(name, {s: text_files.bytes_of(t).astype(np.uint16) for s, t in splits.items()}, bpe.BYTES, options)
         if options.tokenizer == "gpt2":
-            encode, end, size = text_files.gpt2_encoder(Path(options.path) if options.path else None)
+            encode, end, size = text_files.gpt2_encoder(Path(options.path).expanduser() if options.path else None)
             arrays = {s: np.array([token for t in texts for token in (*encode(t), end)], dtype=np.uint16) for s, texts in splits.items()}
             return TextTask(name, arrays, size, options)
         return TextTask(name, _learnt({s: text_files.bytes_of(t) for s, t in splits.items()}, options), options.vocabulary, options)
@@ -152,12 +154,20 @@ def _opened(options: Any) -> tuple[dict[str, np.ndarray], int]:
 
 
 def _check_tokens(split: str, tokens: np.ndarray, vocabulary: int) -> None:
-    """Look at up to a million tokens, spread over the file: a file of another dtype or vocabulary shows itself in a few."""
-    stride = max(1, len(tokens) // 1_000_000)
-    largest = int(tokens[::stride].max())
+    """Look at up to a million tokens in blocks spread over the file: another dtype or vocabulary shows itself in a few of them.
+
+    Blocks, since a file may be larger than memory and every place costs a read; what is drawn later is looked at again.
+    """
+    block, blocks = 4096, 256
+    starts = np.linspace(0, len(tokens) - block, blocks).astype(np.int64) if len(tokens) > block * blocks else range(0, len(tokens), block)
+    largest = max(int(tokens[at : at + block].max()) for at in starts)
     if largest >= vocabulary:
-        hint = "the file was made with another vocabulary (set data.vocabulary) or another dtype (wanted: uint16)"
-        raise DataError(Issue(f"token file, split {split}", f"holds a token beyond the vocabulary of {vocabulary}", largest, hint))
+        raise _beyond(split, largest, vocabulary)
+
+
+def _beyond(split: str, token: int, vocabulary: int) -> DataError:
+    hint = "the file was made with another vocabulary (set data.vocabulary) or another dtype (wanted: uint16)"
+    return DataError(Issue(f"token file, split {split}", f"holds a token beyond the vocabulary of {vocabulary}", token, hint))
 
 
 def _documents(options: Any) -> dict[str, list[str]]:
@@ -176,7 +186,7 @@ def _documents(options: Any) -> dict[str, list[str]]:
         cut = round(len(texts[0]) * (1 - options.val_fraction))
         return {"train": [texts[0][:cut]], "val": [texts[0][cut:]]}
     order = Key(options.data_seed, "text split").numpy().permutation(len(texts))
-    held = set(order[: max(1, round(options.val_fraction * len(texts)))].tolist())
+    held = set(order[: min(len(texts) - 1, max(1, round(options.val_fraction * len(texts))))].tolist())  # both splits get a document
     return {"train": [t for i, t in enumerate(texts) if i not in held], "val": [t for i, t in enumerate(texts) if i in held]}
 
 

@@ -58,17 +58,19 @@ def read(name: str, path: Path) -> Content | Folder:
                 out.write(tokens.tobytes())
         if not counts["train"]:
             raise DataError(Issue(str(path), "needs at least two documents, one to hold out", counts, "split the text into several files"))
-        arrays = {split: np.fromfile(Path(folder) / split, dtype=np.uint16) for split in counts}
+        # OpenWebText's tokens take 18 GB: they stay on disk, in a file that lives as long as the map of it
+        arrays = {split: np.memmap(Path(folder) / split, dtype=np.uint16, mode="r") for split in counts}
     return {**arrays, "vocabulary": np.array([size], dtype=np.int64)}
 
 
 def documents(files: list[Path]) -> Iterator[str]:
-    """The documents of the files, in the files' order. Raises DataError for a line or a table without text."""
+    """The documents of the files, in the files' order; empty lines are none. Raises DataError for a line or a table without text."""
     for file in files:
         if file.suffix.lower() == ".jsonl":
-            with file.open(encoding="utf-8") as lines:
+            with file.open(encoding="utf-8", errors="replace") as lines:
                 for number, line in enumerate(lines, start=1):
-                    yield _field(line, file, number)
+                    if line.strip():
+                        yield _field(line, file, number)
         elif file.suffix.lower() == ".parquet":
             yield from _column(file)
         else:
@@ -77,18 +79,25 @@ def documents(files: list[Path]) -> Iterator[str]:
 
 def _field(line: str, file: Path, number: int) -> str:
     try:
-        return str(json.loads(line)["text"])
+        text = json.loads(line)["text"]
     except (ValueError, KeyError, TypeError):
-        raise DataError(Issue(f"{file}:{number}", "is no JSON object with a key `text`", line[:60])) from None
+        text = None
+    if not isinstance(text, str):
+        raise DataError(Issue(f"{file}:{number}", "is no JSON object whose `text` is a string", line[:60]))
+    return text
 
 
 def _column(file: Path) -> Iterator[str]:
     try:
+        import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
         raise DataError(Issue(str(file), "parquet files need pyarrow", has_value=False, hint="pip install pyarrow")) from None
-    for batch in parquet.ParquetFile(file).iter_batches(columns=["text"]):
-        yield from batch.column(0).to_pylist()
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(columns=["text"]):
+            yield from (text for text in batch.column("text").to_pylist() if text is not None)
+    except (pyarrow.ArrowException, KeyError) as reason:
+        raise DataError(Issue(str(file), f"is no parquet file with a column `text`: {reason}", has_value=False)) from None
 
 
 def open_bin(path: Path, hint: str) -> np.ndarray:
@@ -125,21 +134,35 @@ def _other_kind(tokens: np.ndarray) -> str:
 def gpt2_encoder(folder: Path | None = None) -> tuple[Callable[[str], list[int]], int, int]:
     """(text -> tokens, end-of-text token, vocabulary size) of GPT-2, from the user's folder or from the prepared ``gpt2_bpe``.
 
-    Raises:
-        DataError: its vocabulary is in neither place.
-    """
-    from tokenizers import ByteLevelBPETokenizer
+    ``folder`` may be a file: then the vocabulary is looked for beside it.
 
-    for place in (folder, store.data_root() / "gpt2_bpe"):
+    Raises:
+        DataError: its vocabulary is in neither place, cannot be read, lacks the end of text, or does not fit uint16.
+    """
+    beside = folder.parent if folder is not None and folder.is_file() else folder
+    for place in (beside, store.data_root() / "gpt2_bpe"):
         for vocabulary, merges in _VOCABULARIES:
             if place is not None and (place / vocabulary).is_file() and (place / merges).is_file():
-                return _encoder(ByteLevelBPETokenizer(str(place / vocabulary), str(place / merges)))
+                return _encoder(place / vocabulary, place / merges)
     hint = "xutrain data prepare gpt2_bpe (or --source with vocab.json and merges.txt), or put the two files beside the text"
     raise DataError(Issue("GPT-2 vocabulary", "is not there", has_value=False, hint=hint))
 
 
-def _encoder(tokenizer: Any) -> tuple[Callable[[str], list[int]], int, int]:
-    return (lambda text: tokenizer.encode(text).ids), int(tokenizer.token_to_id("<|endoftext|>")), int(tokenizer.get_vocab_size())
+def _encoder(vocabulary: Path, merges: Path) -> tuple[Callable[[str], list[int]], int, int]:
+    from tokenizers import ByteLevelBPETokenizer
+
+    try:
+        tokenizer: Any = ByteLevelBPETokenizer(str(vocabulary), str(merges))
+    except Exception as reason:  # the library's own errors are plain exceptions
+        raise DataError(
+            Issue(str(vocabulary), f"is no vocabulary of byte pairs: {reason}", has_value=False, hint=f"see {merges}")
+        ) from None
+    end, size = tokenizer.token_to_id("<|endoftext|>"), int(tokenizer.get_vocab_size())
+    if end is None:
+        raise DataError(Issue(str(vocabulary), "has no token <|endoftext|>, which ends a document", has_value=False))
+    if size > 1 << 16:
+        raise DataError(Issue(str(vocabulary), "holds more tokens than a token file of uint16 can", size))
+    return (lambda text: tokenizer.encode(text).ids), int(end), size
 
 
 def _vocabulary(path: Path) -> Content:

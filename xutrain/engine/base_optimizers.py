@@ -136,7 +136,11 @@ class TorchOptimizer:
     def __init__(self, options: PretrainOptimizer, layout: list[Slice]) -> None:
         self.options, self.layout = options, layout
         cls = getattr(torch.optim, options.torch_class, None)
-        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or options.torch_class in ("Optimizer", "LBFGS"):
+        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or options.torch_class in (
+            "Optimizer",
+            "LBFGS",
+            "SparseAdam",
+        ):
             hint = "a class of torch.optim that steps from gradients alone, for example Adagrad, NAdam or RMSprop"
             raise RecipeError(Issue("optimizer.torch_class", "no such optimizer", options.torch_class, hint))
         self.parameters = [nn.Parameter(torch.zeros(part.shape)) for part in layout]
@@ -150,6 +154,9 @@ class TorchOptimizer:
             raise RecipeError(
                 Issue("optimizer.torch_options", f"{options.torch_class} refuses them: {reason}", options.torch_options)
             ) from None
+        if options.weight_decay and "weight_decay" not in self.optimizer.defaults:
+            what = f"torch's {options.torch_class} has no weight decay"
+            raise RecipeError(Issue("optimizer.weight_decay", what, options.weight_decay, "optimizer.weight_decay=0"))
 
     def step(self, theta: Tensor, grad: Tensor, lr: float) -> None:
         for parameter, part in zip(self.parameters, self.layout, strict=True):
