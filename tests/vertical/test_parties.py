@@ -18,7 +18,7 @@ pytest.importorskip("cryptography")
 from tests.vertical.party_jobs import in_thread, join, network_job
 from tests.vertical.party_jobs import start_party as start
 from xutrain.data.party_file import load_party
-from xutrain.errors import Failed, Stopped
+from xutrain.errors import Diverged, Failed, Stopped
 from xutrain.launch import parties
 from xutrain.loops.vertical_job import job_hash
 from xutrain.loops.vertical_party import Process
@@ -234,6 +234,10 @@ def test_requests_that_do_not_fit_are_refused_and_change_nothing(pair):
         Envelope("ask", rows=rows, request=3, parties=[*both, "mean"], sessions=[*sessions, b"m" * 8]),
         Envelope("ask", rows=np.zeros(0, dtype=np.uint32), request=4, parties=both, sessions=sessions),
         Envelope("evaluate", request=5, parties=both, sessions=sessions, facts={"split": "all"}),
+        Envelope("ask", rows=rows, request=7, parties=["error", "ghost"], sessions=[sessions[0], b""]),
+        Envelope("ask", rows=rows, request=8, number=14 * (569 // 32), parties=both, sessions=sessions),
+        Envelope("tell", rows=rows, values=values, number=1 << 40),
+        Envelope("hello", sessions=[b"n" * 8, bytes(32)], facts=process.port.facts),
         Envelope("blind", values=np.ones(4, dtype=np.uint64)),
     ]
     for e in bad:
@@ -252,6 +256,36 @@ def test_a_party_without_labels_may_not_ask(pair):
     sessions = greet(process, sender)
     with pytest.raises(Refused, match="may not ask"):
         process.port.handle(Envelope("ask", sender="worst", rows=np.arange(2, dtype=np.uint32), parties=["error"], sessions=sessions[:1]))
+
+
+def test_a_signal_that_is_sent_again_is_applied_once(pair):
+    """A late acknowledgement makes a label holder send again; one that has started anew may use its numbers again."""
+    process, sender, _, _ = pair
+    greet(process, sender)
+    process.port.peers["mean"].session = b"m" * 8
+    again = Envelope("tell", number=3, rows=np.arange(2, dtype=np.uint32), values=np.ones(2))
+    sender.ask("error", again)
+    once = process.seat.method.weights.copy()
+    sender.ask("error", again)
+    assert np.array_equal(process.seat.method.weights, once) and process.port.applied == 1
+    process.port.peers["mean"].session = b"n" * 8
+    sender.ask("error", again)
+    assert process.port.applied == 2
+
+
+def test_a_product_that_masks_cannot_hold_ends_the_run_at_all_parties(tmp_path, pair):
+    process, sender, _, _ = pair
+    sessions = greet(process, sender)
+    process.seat.method.weights[:] = 1e12
+    with pytest.raises(ConnectionError, match="outside the range of the masks"):
+        rows = np.arange(4, dtype=np.uint32)
+        sender.ask("error", Envelope("ask", rows=rows, request=1, parties=["error", "worst"], sessions=sessions))
+    assert isinstance(process.port.fault, Diverged)
+    (tmp_path / "wild").mkdir()
+    wild = job(tmp_path / "wild", method={"name": "vfb2"}, train__lr=1e6, train__epochs=4)
+    results = run_all(wild, tmp_path / "wild")
+    assert any(isinstance(r, Diverged) for r in results.values()), results
+    assert all(isinstance(r, (Diverged, Stopped)) for r in results.values()), results
 
 
 def test_replayed_oversized_and_garbled_bytes_are_refused(pair):

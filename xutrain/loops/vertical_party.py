@@ -103,6 +103,9 @@ class Process:
             self._save(done=True)
         except Refused as reason:
             raise Failed(Issue(self.party, str(reason), has_value=False)) from None
+        except Diverged as error:
+            self._tell_stop(error.issues[0].what)
+            raise
         finally:
             self.link.close()
         self._leave(self.scores)
@@ -262,6 +265,8 @@ class Process:
         limit = patience + 2 * self.recipe.network.timeout_s
         if self.seat.holds_labels and not self.port.complete and now - self.moved > limit:
             raise self._stop(f"nothing happened for {limit:g} s, though nobody is missing")
+        if self.port.fault is not None:
+            raise self.port.fault
         if self.port.stopped:
             raise self._stop(self.port.stopped, tell=False)
         if self.signalled or (self.out / "STOP").exists():
@@ -271,12 +276,7 @@ class Process:
 
     def _stop(self, reason: str, tell: bool = True) -> Stopped:
         if tell:
-            for p, peer in self.port.peers.items():
-                if not peer.lost:
-                    try:
-                        self.link.ask(p, Envelope("stop", facts={"reason": reason}), timeout_s=1.0)
-                    except ConnectionError:
-                        continue
+            self._tell_stop(reason)
         self._save()
         self._leave({})
         return Stopped(
@@ -287,6 +287,14 @@ class Process:
                 has_value=False,
             )
         )
+
+    def _tell_stop(self, reason: str) -> None:
+        for p, peer in self.port.peers.items():
+            if not peer.lost:
+                try:
+                    self.link.ask(p, Envelope("stop", facts={"reason": reason}), timeout_s=1.0)
+                except ConnectionError:
+                    continue
 
     def _tell_done(self, p: str) -> None:
         """Say that nothing more is needed of ``p``; one that is away is waited for, since it leaves its model only when it is told."""

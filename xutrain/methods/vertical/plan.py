@@ -120,6 +120,11 @@ class Plan:
         return self.steps * len(self.active)
 
     @property
+    def most_steps(self) -> int:
+        """Steps that one label holder can take at most: a fast one may use the whole of a shared budget."""
+        return self.total_steps if self.budget == "total" else self.steps
+
+    @property
     def snapshots(self) -> int:
         """Full passes of the run; the first reference point w = 0 needs none."""
         return (self.steps - 1) // self.inner if self.passes != "none" else 0
@@ -127,8 +132,7 @@ class Plan:
     @property
     def totals_per_sample(self) -> float:
         """How many totals of the average sample one requester gets to see."""
-        most = self.total_steps if self.budget == "total" else self.steps
-        return most * self.batch / self.n + self.snapshots
+        return self.most_steps * self.batch / self.n + self.snapshots
 
     def rows(self, party: int, k: int) -> NDArray[np.int64]:
         """Sample indices of ``party``'s k-th step, shape (b,): uniform with replacement, keyed by the seed and the epoch."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xutrain.errors import Diverged
 from xutrain.methods.vertical.losses import Array
 from xutrain.methods.vertical.plan import Plan
 from xutrain.methods.vertical.seat import Seat
@@ -59,7 +60,9 @@ class Answers:
     trees: TreeSums | None
     finished: set[str]
     stopped: str
+    fault: Diverged | None
     applied: int
+    _known: Counters
     _turn: threading.Lock
     _private: Any
 
@@ -86,24 +89,40 @@ class Answers:
             if e.facts.get(name) != self.facts[name]:
                 what = "number of rows" if name == "rows" else "order of the ids"
                 raise Refused(f"{p} has another {what}: align first (xutrain vertical align)")
+        peer = self.peers[p]
+        fresh = None
+        if peer.session != e.sessions[0]:
+            try:
+                fresh = chacha(agreed_key(self._private.private_bytes_raw(), e.sessions[1], self.link.run))
+            except ValueError as reason:  # a point of small order
+                raise Refused(f"a greeting whose key is none: {reason}") from None
         if p in self.steps_of:
             marks = e.facts.get("rounds")
             for what in ("step", "pass"):
-                if isinstance(marks, dict) and isinstance(marks.get(what), int):
+                if isinstance(marks, dict) and self._may_be(marks.get(what)):
                     self.events.put(("turn", marks[what], (p, what)))
-            if isinstance(e.facts.get("asked"), int):
+            if self._may_be(e.facts.get("asked")):
                 self.steps_of[p] = max(self.steps_of[p], e.facts["asked"])
-        peer = self.peers[p]
         peer.facts, peer.needs_reference = e.facts, bool(e.facts.get("needs_reference"))
-        if peer.session != e.sessions[0]:
+        if fresh is not None:
             with self.block:
-                key = agreed_key(self._private.private_bytes_raw(), e.sessions[1], self.link.run)
-                self.masks.streams[self.plan.names.index(p)] = chacha(key)
+                self.masks.streams[self.plan.names.index(p)] = fresh
                 peer.session = e.sessions[0]
         self.heard(p)
 
+    def _may_be(self, steps: object) -> bool:
+        """Whether a label holder can have come so far."""
+        return isinstance(steps, int) and 0 <= steps <= self.plan.most_steps
+
     def handle(self, e: Envelope) -> Envelope:
         """The answer to a checked envelope. Raises Refused; then nothing has changed."""
+        try:
+            return self._handle(e)
+        except Diverged as error:  # a product that the masks cannot hold: this party's run is over, and the asker is told why
+            self.fault = error
+            raise Refused(error.issues[0].what) from None
+
+    def _handle(self, e: Envelope) -> Envelope:
         self.heard(e.sender)
         sender = self.plan.names.index(e.sender)
         if e.kind == "hello":
@@ -132,7 +151,7 @@ class Answers:
             return self._told(e, sender)
         if e.kind == "refer":
             return self._referred(e, sender)
-        if e.kind == "meet" and self.seat.holds_labels and e.facts.get("what") in ("step", "pass"):
+        if e.kind == "meet" and self.seat.holds_labels and e.facts.get("what") in ("step", "pass") and self._may_be(e.number):
             self.events.put(("turn", e.number, (e.sender, e.facts["what"])))
             return Envelope("ping")
         raise Refused(f"{e.kind} has no place in training")
@@ -185,13 +204,15 @@ class Answers:
             raise Refused(f"only {len(e.parties)} responders: this run sums over more parties")
         for p, session in zip(e.parties, e.sessions, strict=True):
             known = self.session if p == self.name else self.peers[p].session if p in self.peers else b""
-            if p == e.sender or session != known:
+            if p == e.sender or not known or session != known:
                 raise Refused(f"stale session of {p[:40]}: greet again")
 
     def _rows(self, e: Envelope) -> NDArray[np.int64]:
         rows = e.rows
         if rows is None or not len(rows) or len(rows) > self.plan.n or int(rows.max()) >= self.plan.n:
             raise Refused("rows that do not exist")
+        if e.number >= self.plan.most_steps:
+            raise Refused(f"step {e.number} of {self.plan.most_steps}")
         return rows.astype(np.int64)
 
     def _shape(self, rows: int) -> tuple[int, ...]:
@@ -205,12 +226,21 @@ class Answers:
         while self.plan.mode == "sync" and not self.all_read(e.number, but=e.sender) and time.monotonic() < until:
             time.sleep(0.001)
         with self._turn:
-            if self.step_s:
-                time.sleep(self.step_s)
-            with self.block:
-                self.seat.method.apply(rows, e.values)
-                self.applied += 1
+            if self._first(e):
+                if self.step_s:
+                    time.sleep(self.step_s)
+                with self.block:
+                    self.seat.method.apply(rows, e.values)
+                    self.applied += 1
         return Envelope("ping")
+
+    def _first(self, e: Envelope) -> bool:
+        """False for what this start of the sender has sent before, whose acknowledgement it did not get in time."""
+        try:
+            self._known.accept(f"{e.sender} {self.peers[e.sender].session.hex()} {e.kind}", e.number + 1)
+        except Refused:
+            return False
+        return True
 
     def all_read(self, k: int, but: str = "") -> bool:
         """Whether every label holder (but the one whose signal it is; then this party too) has read this block for its step k."""
@@ -221,7 +251,7 @@ class Answers:
         if sender != self.plan.leader or e.values is None or e.values.dtype != np.float64 or e.values.shape != self._shape(self.plan.n):
             raise Refused("a reference of the wrong shape, or not from the leader")
         if self.seat.holds_labels:
-            if e.number > self.seat.referred:  # else it has had this one before the leader went on from a checkpoint
+            if e.number > self.seat.referred and self._first(e):  # else it has had this one, maybe of an earlier start of the leader
                 self.events.put(("refreshed", e.number - 1, e.values))
         else:
             with self._turn, self.block:

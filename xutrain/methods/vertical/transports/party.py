@@ -74,7 +74,7 @@ class PartyPort(Answers):
         self._books = threading.Lock()
         self._turn = threading.Lock()  # signals are worked off one by one
         self._requests = time.time_ns()  # a request number is never used twice, not even by a later start of this party
-        self.seen = Counters()
+        self.seen, self._known = Counters(), Counters()
         self.sums: dict[int, Sum] = {}
         self.unsent: list[tuple[str, Envelope]] = []
         self.tells: dict[int, int] = {}
@@ -82,6 +82,7 @@ class PartyPort(Answers):
         self.applied = self.snapshots = 0
         self.finished: set[str] = set()
         self.stopped = ""
+        self.fault = None
         holders = [plan.names[p] for p in plan.active]
         self.rounds = Rounds(p for p in holders if p != self.name)
         self.rates = Rates(seat.method.lr, longest) if longest else None

@@ -121,7 +121,7 @@ class TreeSums:
         if e.parties != [p for p in names if p != names[requester]] or len(e.sessions) != len(e.parties):
             raise Refused("a request over trees must name every other party once, with its session")
         for p, session in zip(e.parties, e.sessions, strict=True):
-            if session != (port.session if p == port.name else port.peers[p].session):
+            if not session or session != (port.session if p == port.name else port.peers[p].session):
                 raise Refused(f"stale session of {p}: greet again")
         if requester == port.index and e.request not in port.sums:
             raise Refused("masks for a request that this party did not make")
