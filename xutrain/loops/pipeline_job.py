@@ -110,7 +110,7 @@ def build(recipe: Any, ctx: Context, bounds: list[int] | None = None) -> Job:
     outputs = negotiate(job, sample.inputs.to(ctx.device))
     job.messages = outputs[:-1]
     for stage in job.stages:
-        method.prepare(stage, outputs[stage.index].shape, recipe.optimizer.lr)
+        method.prepare(stage, outputs[stage.index].empty(ctx.device))
     return job
 
 

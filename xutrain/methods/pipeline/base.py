@@ -154,8 +154,8 @@ class PipelineMethod:
         self.options = options
         self.delays: Delays = options.delays(stages)
 
-    def prepare(self, stage: Stage, output_shape: tuple[int, ...], lr: float) -> None:
-        """Make what the stage needs beyond its block; ``output_shape`` is one batch's h_{k+1}."""
+    def prepare(self, stage: Stage, output: Tensor) -> None:
+        """Make what the stage needs beyond its block; ``output`` has the shape, type and device of one batch's h_{k+1}."""
 
     def forward(self, stage: Stage, f: int, x: Tensor) -> Tensor | None:
         """Forward batch f; returns h_{k+1}, detached (None at the last stage)."""

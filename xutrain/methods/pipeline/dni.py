@@ -33,13 +33,12 @@ class DNI(PipelineMethod):
 
     options: Any
 
-    def prepare(self, stage: Stage, output_shape: tuple[int, ...], lr: float) -> None:
+    def prepare(self, stage: Stage, output: Tensor) -> None:
         if stage.last:
             return
-        device = next((p.device for p in stage.block.parameters()), torch.device("cpu"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Key(stage.seed, "synthesizer", 0, stage.index).integer)
-            model = synthesizer(output_shape, self.options.hidden).to(device)
+            model = synthesizer(tuple(output.shape), self.options.hidden).to(output)
         stage.memory["model"] = model
         stage.memory["optimizer"] = torch.optim.Adam(model.parameters(), lr=self.options.synthesizer_lr, foreach=False)
 

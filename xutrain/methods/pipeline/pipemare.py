@@ -44,8 +44,11 @@ class PipeMare(Replay):
         return bool(self.options.t2 and self.delays.m[stage.index])
 
     def weights(self, stage: Stage) -> dict[str, Tensor] | None:
-        if not self._corrects(stage) or "drift" not in stage.memory:
+        if not self._corrects(stage):
             return None
+        if "drift" not in stage.memory:
+            stage.memory["before"] = {n: p.detach().clone() for n, p in stage.parameters.items()}
+            stage.memory["drift"] = {n: p.new_zeros(p.shape) for n, p in stage.memory["before"].items()}
         tau, drift = self.delays.m[stage.index], stage.memory["drift"]
         return {n: (p.detach() - tau * drift[n]).requires_grad_() for n, p in stage.parameters.items()}
 
@@ -53,16 +56,13 @@ class PipeMare(Replay):
         if not self._corrects(stage):
             return
         gamma = self.options.decay ** (1 / self.delays.m[stage.index])
-        now = {n: p.detach().clone() for n, p in stage.parameters.items()}
-        before = stage.memory.get("before")
-        if before is not None:
-            drift = stage.memory.setdefault("drift", {n: p.new_zeros(p.shape) for n, p in now.items()})
-            for name, value in now.items():
-                drift[name].mul_(gamma).add_(value - before[name], alpha=1 - gamma)
-        stage.memory["before"] = now
+        for name, parameter in stage.parameters.items():
+            before = stage.memory["before"][name]
+            stage.memory["drift"][name].mul_(gamma).add_(parameter.detach() - before, alpha=1 - gamma)
+            before.copy_(parameter.detach())
 
     def state(self, stage: Stage) -> State:
-        return {name: stage.memory[name] for name in ("before", "drift") if name in stage.memory}
+        return dict(stage.memory)
 
     def load_state(self, stage: Stage, state: State) -> None:
         stage.memory.update(state)
