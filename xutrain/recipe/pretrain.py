@@ -12,6 +12,14 @@ from xutrain.recipe.schema import Eval, Options, Schedule
 
 #: (beta1, beta2) where the recipe gives none
 _BETAS = {"adamw": (0.9, 0.95), "lion": (0.9, 0.99)}
+#: options that only some base optimizers have
+_GOES_WITH = {
+    "betas": ("adamw", "lion"),
+    "eps": ("adamw",),
+    "momentum": ("sgd",),
+    "nesterov": ("sgd",),
+    "torch_options": ("torch",),
+}
 
 
 class PretrainOptimizer(Options):
@@ -42,6 +50,13 @@ class PretrainOptimizer(Options):
         if (self.name == "torch") != bool(self.torch_class):
             hint = f"for example {where}.name=torch {where}.torch_class=Adagrad"
             found.append(Issue(f"{where}.torch_class", f"goes with {where}.name=torch, and only with it", self.torch_class, hint))
+        for key, names in _GOES_WITH.items():
+            value, default = getattr(self, key), type(self).model_fields[key].get_default(call_default_factory=True)
+            if value != default and self.name not in names:
+                what = f"is no option of {self.name}, only of {' and '.join(names)}"
+                found.append(Issue(f"{where}.{key}", what, value, f"leave it out, or set {where}.name={names[0]}"))
+        if self.nesterov and not self.momentum:
+            found.append(Issue(f"{where}.nesterov", f"needs {where}.momentum", self.nesterov, f"for example {where}.momentum=0.9"))
         return found
 
 
