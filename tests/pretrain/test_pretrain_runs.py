@@ -173,6 +173,8 @@ def test_sharded_is_unsharded(tmp_path: Path, method: str) -> None:
     for shards in (1, 2, 3, 4) if method == "dsm" else (3, 4):
         cut = train(str(tmp_path / f"{shards}"), method, {**changes, "method.shards": shards})
         assert torch.equal(whole["x"], cut["x"]) and whole["metrics"] == cut["metrics"]
+        ratios = [[line["value"] for line in run["lines"] if line["name"] == "step_ratio"] for run in (whole, cut)]
+        assert ratios[0] and np.allclose(*ratios, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sign", ["random2", "random3"])

@@ -11,6 +11,7 @@ A baseline is one formula: how x_t becomes x_{t+1}, given D.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -115,20 +116,21 @@ class LocalSteps(DataParallel):
             theta.copy_(self.x)
 
     def _global_step(self, messages: list[Tensor], gamma: float, number: int) -> float:
-        """x_t becomes x_{t+1}; returns the norm of the averaged displacement (zero where no process knows all of it)."""
-        key = self.setup.ctx.key("round", number)
+        """x_t becomes x_{t+1}; returns the norm of the averaged displacement."""
+        key, unit = self.setup.ctx.key("round", number), gamma if self.divided else 1.0
         for message, error in zip(messages, self.error, strict=False):
             message.add_(error)
         if self.owners is None:
             result = self.setup.exchange.mean(messages, key, "displacement", want_sent=bool(self.error))
             self._remember(messages, result.sent)
-            travelled = float(torch.linalg.vector_norm(result.mean)) * (gamma if self.divided else 1.0)
+            travelled = float(torch.linalg.vector_norm(result.mean)) * unit
             self.advance(self.x, result.mean, self.memory[0], gamma, Piece(0, self.x.numel(), number))
             return travelled
         means, sent = self.owners.collect(messages, key, "displacement", want_sent=bool(self.error))
         self._remember(messages, sent)
+        norms = self.setup.workers.objects([float(torch.linalg.vector_norm(mean)) for mean in means])
         self.x = self.step_pieces(means, gamma, number)
-        return 0.0
+        return math.hypot(*norms) * unit
 
     def step_pieces(self, means: list[Tensor], gamma: float, number: int) -> Tensor:
         """x_{t+1} where the global state has owners: they advance their parts, and everyone gets them back."""
