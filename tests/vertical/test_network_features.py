@@ -168,6 +168,9 @@ def test_what_real_parties_still_cannot_do_is_said(tmp_path):
     from xutrain.loops.vertical_job import network_issues
 
     assert any("how many classes" in i.what for i in network_issues(without))
+    network = recipe.network.model_copy(update={"addresses": {"top_left": "here", "top_right": "[::1]:7", "bottom_left": "[::1]:7"}})
+    said = " ".join(i.what for i in network_issues(recipe.model_copy(update={"network": network})))
+    assert "no address for bottom_right" in said and "is no host:port" in said and "top_right and bottom_left have the same" in said
     trees = base(data={"parties": 4}, labels=["party0"], security={"mode": "tree"}, network={"lost": "go_on"})
     (tmp_path / "four").mkdir()
     with pytest.raises(RecipeError, match="trees are fixed"):

@@ -17,8 +17,8 @@ pytest.importorskip("cryptography")
 
 from tests.vertical.party_jobs import in_thread, join, network_job
 from tests.vertical.party_jobs import start_party as start
-from xutrain.data.party_file import load_party
-from xutrain.errors import Diverged, Failed, Stopped
+from xutrain.data.party_file import load_party, load_scoring
+from xutrain.errors import Diverged, Failed, Stopped, UsageError
 from xutrain.launch import parties
 from xutrain.loops.vertical_job import job_hash
 from xutrain.loops.vertical_party import Process
@@ -95,21 +95,34 @@ def test_three_parties_reach_the_optimum_and_predict(tmp_path):
     product = next(line for line in lines if line["kind"] == "product")
     assert (product["messages"], product["bytes"]) == (steps, steps * 64 * 8)
 
-    from xutrain.data.party_file import load_scoring
-
     again = recipe.model_copy(update={"network": job(tmp_path).network})
     results = {}
-    threads = []
-    for p in NAMES:
-        mine = load_scoring(again.data, p, Path(again.data.files[p]), models[p])
-        scoring = Scoring(again, p, mine, identity.load(tmp_path, p), tmp_path / "scores" / p, lambda text: None, models[p])
-        threads.append(in_thread(p, scoring.run, results))
-    join(threads)
+    join([in_thread(p, scoring(again, tmp_path, p, models[p]).run, results) for p in NAMES])
     assert results == {p: {"rows": 569.0} for p in NAMES}
     scores = [line.split(",") for line in (tmp_path / "scores" / "mean" / "scores.csv").read_text().splitlines()[1:]]
     assert not (tmp_path / "scores" / "error" / "scores.csv").exists()
     blocks = [load_party(recipe.data, p, Path(recipe.data.files[p])).block.train @ np.array(models[p]["weights"]) for p in NAMES]
     assert np.abs(np.array([float(s[1]) for s in scores]) - sum(blocks)).max() < 1e-8
+
+
+def scoring(recipe: Any, folder: Path, party: str, model: dict[str, Any]) -> Scoring:
+    mine = load_scoring(recipe.data, party, Path(recipe.data.files[party]), model)
+    return Scoring(recipe, party, mine, identity.load(folder, party), folder / "scores" / party, lambda text: None, model)
+
+
+def test_models_of_different_trainings_do_not_score_together(tmp_path):
+    recipe = job(tmp_path)
+    models = {}
+    for p in NAMES:
+        block = load_party(recipe.data, p, Path(recipe.data.files[p]), leader="mean").block
+        known = {"columns": block.columns, "preprocessing": block.preprocessing, "weights": [0.0] * len(block.columns)}
+        models[p] = {"party": p, "run": "run", "job": job_hash(recipe), "rows": "same", **known}
+    results: dict[str, Any] = {}
+    join([in_thread(p, scoring(recipe, tmp_path, p, models[p] | {"rows": p}).run, results) for p in NAMES[:2]])
+    assert all(isinstance(r, Failed) for r in results.values()), results
+    assert any("models of one training" in str(r) for r in results.values()), results
+    with pytest.raises(UsageError, match="another job"):
+        scoring(recipe, tmp_path, "mean", models["mean"] | {"job": "of another"})
 
 
 @pytest.mark.parametrize(("estimator", "mode"), [("sgd", "async"), ("saga", "sync")])

@@ -9,7 +9,7 @@ import pytest
 
 from tests.vertical.conftest import recipe_of
 from tests.vertical.vertical_sums import objective
-from xutrain.errors import Diverged, RecipeError
+from xutrain.errors import Diverged, RecipeError, UsageError
 from xutrain.launch.parties import audit
 from xutrain.methods.vertical.security import SafeSum, fixed, pairwise, trees
 
@@ -132,6 +132,23 @@ def test_totals_give_the_other_features_away():
     found = dict(audit(recipe, "totals", 20)["rows"])
     assert found[15] < 1e-6
     assert found[4] > 0.5
+
+
+def test_softmax_totals_give_them_away_sooner():
+    """A softmax total holds several numbers, so fewer passes are needed than the others have columns."""
+    raw = {"data": {"name": "digit_quadrants"}, "labels": ["top_left"], "loss": "softmax", "method": {"name": "vfb2"}}
+    recipe = recipe_of(**raw, train__lr=0.2, train__batch_size=16)
+    found = dict(audit(recipe, "totals", 300)["rows"])
+    assert max(found) < 16  # 48 columns
+    assert found[max(found)] < 0.3 * found[1]
+
+
+def test_there_is_nothing_to_audit_in_one_party_or_in_predictions():
+    with pytest.raises(UsageError, match="nobody to learn from"):
+        audit(recipe_of(method={"name": "central"}), "totals", 0)
+    fdml = recipe_of(method={"name": "fdml"}, data={"name": "digit_quadrants"}, loss="softmax", train__mode="sync")
+    with pytest.raises(UsageError, match="no products"):
+        audit(fdml, "totals", 0)
 
 
 def test_signals_give_the_labels_away():

@@ -200,7 +200,7 @@ def audit(
     overrides: Overrides = None,
     attack: Annotated[str, typer.Option("--attack", metavar="totals|labels|trees", help="What to try.")] = "totals",
     known: Annotated[
-        int, typer.Option("--known", help="totals: rows of the others that the attacker knows; 0: five more than columns.")
+        int, typer.Option("--known", min=0, help="totals: rows of the others that the attacker knows; 0: five more than columns.")
     ] = 0,
     json: Json = False,
 ) -> None:

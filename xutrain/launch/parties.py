@@ -358,6 +358,9 @@ def audit(recipe: Any, attack: str, known: int) -> dict[str, Any]:
     if attack != "totals":
         raise UsageError(Issue("--attack", "must be totals, labels or trees", attack))
     others = [p for p in range(len(names)) if p != holder]
+    if not others or recipe.method.name == "fdml":
+        what = "shares predictions, no products" if others else "has one party: there is nobody to learn from"
+        raise UsageError(Issue("method.name", what, recipe.method.name, "method=vfb2"))
     blocks: list[Any] = [data.parties[p].train for p in others]
     truth = np.hstack([np.asarray(x.toarray() if hasattr(x, "toarray") else x) for x in blocks])
     width = int(np.linalg.matrix_rank(truth))
@@ -365,9 +368,10 @@ def audit(recipe: Any, attack: str, known: int) -> dict[str, Any]:
     if count >= data.n:
         raise UsageError(Issue("--known", f"the data has {data.n} rows", count))
     rows_known = np.random.default_rng(recipe.seed).choice(data.n, size=count, replace=False)
-    seen = attacks.observed_totals(recipe, data, holder, truth.shape[1] + 5)
-    chosen = sorted({1, 2, 4, width // 2, width - 1, width, width + 5} & set(range(1, seen.shape[1] + 1)))
-    table: list[list[Any]] = [[t, attacks.totals_attack(seen[:, :t], truth, rows_known)] for t in chosen]
+    enough = -(-width // max(1, data.classes - 1))  # passes
+    seen = attacks.observed_totals(recipe, data, holder, enough + 5)
+    chosen = sorted({1, 2, 4, enough // 2, enough - 1, enough, enough + 5} & set(range(1, seen.shape[1] + 1)))
+    table: list[list[Any]] = [[t, attacks.totals_attack(seen[:, :t].reshape(data.n, -1), truth, rows_known)] for t in chosen]
     says = [
         f"{names[holder]} sees totals only (masks do not help), knows {count} customers, and solves for {truth.shape[1]} columns of "
         f"{', '.join(names[p] for p in others)} (rank {width}):",

@@ -181,7 +181,8 @@ def remarks(recipe: Any, job: Job) -> list[str]:
     widths = {p.name: p.train.shape[1] for p in data.parties}
     holders = [plan.names[p] for p in plan.active]
     unknown = min((sum(widths.values()) - widths[h] for h in holders), default=0)
-    said += job.safe.statement(holders, plan.names, plan.backward, recipe.loss == "logistic", plan.totals_per_sample, unknown)
+    seen = max(1, plan.classes - 1) * plan.totals_per_sample
+    said += job.safe.statement(holders, plan.names, plan.backward, recipe.loss == "logistic", seen, unknown)
     if not plan.backward and plan.collaborators and plan.q > 1:
         said.append(
             f"no labels and no backward updating: the blocks of {', '.join(plan.names[p] for p in plan.collaborators)} stay at zero "

@@ -64,4 +64,10 @@ def network_issues(recipe: Any) -> list[Issue]:
                 has_value=False,
             )
         )
+    for p, address in recipe.network.addresses.items():
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            found.append(Issue(f"network.addresses.{p}", "is no host:port", address, "for example bank.example.org:7001"))
+    if twice := [p for p in recipe.party_names if list(recipe.network.addresses.values()).count(recipe.network.addresses.get(p)) > 1]:
+        found.append(Issue("network.addresses", f"{' and '.join(twice)} have the same", recipe.network.addresses[twice[0]]))
     return found

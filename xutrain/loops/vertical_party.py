@@ -205,8 +205,10 @@ class Process:
             p, reply, reason = value
             if reply is None:
                 reasons[p] = reason
-                if "another recipe" in reason or "another run" in reason or "align first" in reason:
+                if "another recipe" in reason or "another run" in reason:
                     raise Failed(Issue("network", f"{p} {reason}", has_value=False, hint="all parties must use the same job file"))
+                if "align first" in reason or "one training" in reason:
+                    raise Failed(Issue("network", f"{p} {reason}", has_value=False))
                 time.sleep(TICK_S)
                 self.port.greet(p)
             else:
@@ -387,6 +389,7 @@ class Process:
             "parties": self.plan.names,
             "run": self.recipe.network.run,
             "job": job_hash(self.recipe),
+            "rows": self.port.facts["order"],
             "columns": block.columns,
             "weights": method.weights.tolist(),
             "loss": self.recipe.loss,

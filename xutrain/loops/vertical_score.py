@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from xutrain.data.party_file import PartyData
-from xutrain.errors import Failed, Issue
+from xutrain.errors import Failed, Issue, UsageError
+from xutrain.loops.vertical_job import job_hash
 from xutrain.loops.vertical_party import Process, Say
 from xutrain.methods.vertical.losses import sigmoid, softmax
 from xutrain.methods.vertical.transports.identity import Identity
@@ -36,7 +37,11 @@ class Scoring(Process):
     """Joint prediction: the same greeting, the same masked sum as an evaluation; only the label holder gets the scores."""
 
     def __init__(self, recipe: Any, party: str, data: PartyData, identity: Identity, out: Path, say: Say, model: dict[str, Any]) -> None:
+        if model.get("job") != job_hash(recipe):
+            what = "was trained by another job: score with the job file and overrides of the training"
+            raise UsageError(Issue("--model", what, model.get("job"), has_value=False))
         super().__init__(recipe, party, data, identity, out, say, purpose="predict")
+        self.port.facts["model"] = f"{model.get('run')} {model.get('rows')}"
         self.seat.method.load_state({"weights": np.array(model["weights"])})
 
     def run(self) -> dict[str, float]:

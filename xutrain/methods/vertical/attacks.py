@@ -3,6 +3,7 @@
 Totals attack: whoever asks for sums gets z_i of every sample at every full pass, legitimately. Less its own part, T passes are
 O = X_others W, an n x T matrix. Once T reaches the number d of the others' columns, a rank-d factorisation gives X_others up to an
 invertible d x d matrix, which the features of d known customers (and a few more, for noise) fix. Masks do not help: only totals are used.
+A softmax total is a number per class, all but one of them free (the weights of all classes add up to zero), so that fewer passes do.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def totals_attack(observed: Array, truth: Array, known: NDArray[np.int64]) -> fl
 
 
 def observed_totals(recipe: Any, data: Any, attacker: int, passes: int) -> Array:
-    """(n, passes) totals less the attacker's part, one column per epoch of the recipe's training, from its true iterates."""
+    """Totals less the attacker's part after each epoch of the recipe's training, from its true iterates: (n, passes, 1 or classes)."""
     from xutrain.methods.vertical.plan import Plan, methods_of
 
     plan = Plan.of(recipe, data)
@@ -48,7 +49,7 @@ def observed_totals(recipe: Any, data: Any, attacker: int, passes: int) -> Array
                 full = methods[plan.leader].signal(np.asarray(sum(m.contribution() for m in methods.values())), data.y)
                 for m in methods.values():
                     m.refer(full)
-    return np.stack([np.asarray(c) for c in columns], axis=1)
+    return np.stack([np.asarray(c).reshape(plan.n, -1) for c in columns], axis=1)
 
 
 def labels_from_signals(signals: Array) -> Array:

@@ -85,6 +85,8 @@ class Answers:
         """Take a party's session. Raises Refused where its facts do not agree with ours."""
         if len(e.sessions) != 2 or len(e.sessions[0]) != 8 or len(e.sessions[1]) != 32:
             raise Refused("a greeting without session and key")
+        if e.facts.get("model") != self.facts.get("model"):
+            raise Refused(f"{p} has a model of another run or of other rows: score with the models of one training")
         for name in ("rows", "order"):
             if e.facts.get(name) != self.facts[name]:
                 what = "number of rows" if name == "rows" else "order of the ids"
