@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="options of the codec, as `xutrain show codec NAME` lists them")
     parser.add_argument("--codec", default="orq", help="a name that `xutrain ls codecs` shows")
     parser.add_argument("--feedback", action="store_true", help="error feedback: send later what a message left out")
-    parser.add_argument("--coeff", type=float, default=0.0, help="step ahead of the residual: DEF in (0, 1), SAEF at 1")
+    coeff = "step ahead of the residual: DEF in (0, 1), SAEF at 1, or adaptive"
+    parser.add_argument("--coeff", type=lambda text: text if text == "adaptive" else float(text), default=0.0, help=coeff)
     parser.add_argument("--mode", default="auto", choices=["auto", "allgather", "alltoall"], help="how messages reach everyone")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--state", help="save the hook's state in files of this name")

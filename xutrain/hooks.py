@@ -7,7 +7,8 @@
 Every rank is one worker: e <- e + lr u;  c = mean_k C(e^k);  e <- e - C(e);  the optimizer is handed c / lr. With ``momentum`` 0
 u is the gradient and the optimizer's own momentum acts after the reduction (PEF of arXiv 2004.05298; PowerSGD with codec
 ``low_rank``). With ``momentum`` mu, u = m <- mu m + g is local, the optimizer must have none, and the arithmetic is EF's; then
-``coeff`` and ``with hook.detached():`` around forward and backward make it DEF (coeff in (0, 1)) or SAEF (coeff 1).
+``coeff`` and ``with hook.detached():`` around forward and backward make it DEF (coeff in (0, 1)) or SAEF (coeff 1); ``"adaptive"``
+tracks the best coefficient as methods/sparsify/detached.py does, with one more number per bucket.
 
 State is kept by parameter name: DDP rebuilds its buckets after the first step, and a residual belongs to a parameter. One
 collective per bucket, started in the hook and finished in its future, so that it overlaps with the backward pass; codec
@@ -29,8 +30,9 @@ from xutrain.engine.network import Link
 from xutrain.engine.replica import Slice
 from xutrain.engine.rng import Key
 from xutrain.errors import Issue, UsageError
-from xutrain.methods.codecs.base import Codec, Payload
+from xutrain.methods.codecs.base import Codec, Payload, check_finite
 from xutrain.methods.exchange import choose, shards
+from xutrain.methods.sparsify.detached import Moments
 
 
 class CompressedHook:
@@ -41,7 +43,8 @@ class CompressedHook:
         codec: any codec, as ``xutrain.codec(name, **options)`` builds it.
         error_feedback: send what earlier messages left out as well.
         momentum: local heavy ball before the reduction; the optimizer then has none.
-        coeff: part of its residual by which a worker steps ahead inside ``detached``, in [0, 1].
+        coeff: part of its residual by which a worker steps ahead inside ``detached``, in [0, 1], or ``adaptive`` (codecs with a shared
+            support). ``hook.coeff`` is what it is now.
         optimizer: where the learning rate is read (its first group), so that residuals survive a changed rate; None: rate 1.
         seed: of the codec's draws, the same on all ranks.
         mode: how messages that cannot be added reach everyone: allgather, alltoall (not with error feedback, which would not see
@@ -50,7 +53,7 @@ class CompressedHook:
         overlap: go on with the backward pass while a bucket travels; False waits, with the same result bit for bit.
 
     Raises:
-        UsageError: ``coeff``, ``momentum`` or ``mode`` out of range, or a codec or mode that error feedback makes diverge.
+        UsageError: ``coeff``, ``momentum`` or ``mode`` out of range or not for this codec, or what error feedback makes diverge.
         RecipeError: the codec does not fit the parameters (``ratio`` above every tensor).
     """
 
@@ -61,15 +64,20 @@ class CompressedHook:
         *,
         error_feedback: bool = True,
         momentum: float = 0.0,
-        coeff: float = 0.0,
+        coeff: float | Literal["adaptive"] = 0.0,
         optimizer: torch.optim.Optimizer | None = None,
         seed: int = 0,
         mode: Literal["allgather", "alltoall", "auto"] = "allgather",
         link: Link | None = None,
         overlap: bool = True,
     ) -> None:
-        if not 0 <= coeff <= 1:
-            raise UsageError(Issue("coeff", "must be in [0, 1]", coeff))
+        self.adaptive = coeff == "adaptive"
+        if self.adaptive and not (error_feedback and codec.shared_support):
+            why = f"adaptive needs error feedback and messages that all hold the same coordinates, which those of {codec.label} do not"
+            raise UsageError(Issue("coeff", why, coeff, "a codec such as random_block, or a number in [0, 1]"))
+        now = 1.0 if coeff == "adaptive" else coeff
+        if isinstance(now, str) or not 0 <= now <= 1:
+            raise UsageError(Issue("coeff", "must be in [0, 1], or adaptive", coeff))
         if not 0 <= momentum < 1:
             raise UsageError(Issue("momentum", "must be in [0, 1)", momentum))
         if error_feedback and codec.expands:
@@ -84,7 +92,9 @@ class CompressedHook:
         self.mode, self.link, self.overlap = mode, link or Link(), overlap
         self._second: Callable[[], None] | None = None
         self.ddp, self.codec, self.optimizer = ddp, codec, optimizer
-        self.error_feedback, self.momentum, self.coeff, self.seed = error_feedback, momentum, coeff, seed
+        self.error_feedback, self.momentum, self.coeff, self.seed = error_feedback, momentum, float(now), seed
+        self.moments = Moments()
+        self._seen: dict[str, tuple[float, float]] = {}  # of this step's buckets, by first name: ||mean block||^2, mean ||block||^2
         self.step = 0
         self.bits = 0
         self.error: dict[str, Tensor] = {}
@@ -104,6 +114,7 @@ class CompressedHook:
     @contextmanager
     def detached(self) -> Iterator[None]:
         """Forward and backward inside see x - coeff e; afterwards the parameters are x again, bit for bit."""
+        self._adapt()
         if not self.coeff or not self.error:
             yield
             return
@@ -121,8 +132,11 @@ class CompressedHook:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's residual and momentum by parameter name, the codec's state and the step; every rank saves its own."""
+        self._adapt()
         return {
             "step": self.step,
+            "coeff": self.coeff,
+            "moments": list(self.moments.now),
             "error": {n: e.clone() for n, e in self.error.items()},
             "velocity": {n: v.clone() for n, v in self.velocity.items()},
             "codec": {k: v.clone() for k, v in self._carried().items()},
@@ -131,6 +145,8 @@ class CompressedHook:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take ``state_dict`` back, whatever the buckets are now."""
         self.step = int(state["step"])
+        if self.adaptive:
+            self.coeff, self.moments = float(state["coeff"]), Moments(*state["moments"])
         self.error = {n: e.clone() for n, e in state["error"].items()}
         self.velocity = {n: v.clone() for n, v in state["velocity"].items()}
         self.codec.load_state(state["codec"])
@@ -159,7 +175,8 @@ class CompressedHook:
         message = bucket.message(buffer, lr if self.error_feedback else 1.0, self.momentum)
         scale = lr if self.error_feedback else 1.0
         key = Key(self.seed, "hook", self.step)
-        self.bits += bucket.codec.payload_bits(buffer.numel())
+        cut = self._cut(bucket.codec, buffer.numel(), count)
+        self.bits += 0 if cut else bucket.codec.payload_bits(buffer.numel()) + 32 * self.adaptive
         if given.is_last():
             self.step += 1
         codec, length, feed = bucket.codec, buffer.numel(), self.error_feedback
@@ -176,19 +193,26 @@ class CompressedHook:
                 message.zero_()
             return collectives.start_sum(values).then(lambda done: hand_over(done.value()[0].div_(count)))
         if codec.shared_support:
+            check_finite(message, length)  # all of it: what is not sent now stays in the residual
             values = codec.take(message, key)  # type: ignore[attr-defined]
             at = codec.positions(length, key, message.device)  # type: ignore[attr-defined]
             if feed:
                 message[at] -= values
             factor = 1.0 / (count * scale) if scale else 0.0
+            if self.adaptive:
+                values = torch.cat([values, torch.linalg.vector_norm(values).square().view(1)])
 
             def place(done: Any) -> Tensor:
+                total = done.value()[0]
+                if self.adaptive:
+                    power, total = float(total[-1]) / count, total[:-1]
+                    self._seen[codec.layout[0].name] = (float(torch.linalg.vector_norm(total).square()) / count**2, power)
                 buffer.zero_()
-                buffer[at] = done.value()[0].mul_(factor).to(buffer.dtype)
+                buffer[at] = total.mul_(factor).to(buffer.dtype)
                 return buffer
 
             return collectives.start_sum(values).then(place)
-        if self._cut(codec, length, count):
+        if cut:
             return self._in_two(codec, message, key, hand_over)
         payload = codec.encode(message, key.fold(worker=rank))
         if feed:
@@ -213,6 +237,8 @@ class CompressedHook:
         self._finish()
         rank, count = collectives.world()
         parts = shards(codec, message.numel(), count)
+        sizes = [codec.payload_bits(b - a) // 8 for a, b in parts]
+        self.bits += 8 * sum(sizes)  # the shards of the others, and the mean of its own
         sent = [codec.encode(message[a:b], key.fold(stream=f"shard{j}", worker=rank)).data for j, (a, b) in enumerate(parts)]
         work, received = collectives.start_all_to_all(sent)
         done: torch.futures.Future[Tensor] = torch.futures.Future()
@@ -225,7 +251,6 @@ class CompressedHook:
                 total.add_(codec.decode(Payload(row.contiguous(), b - a)))
             mean = codec.combine(total.div_(count))
             own = codec.encode(mean, key.fold(stream="again", worker=rank)).data
-            sizes = [codec.payload_bits(stop - start) // 8 for start, stop in parts]
             padded = own.new_zeros(max(sizes))
             padded[: own.numel()] = own
             future, everyone = collectives.start_gather(padded)
@@ -244,6 +269,13 @@ class CompressedHook:
         second, self._second = self._second, None
         if second is not None:
             second()
+
+    def _adapt(self) -> None:
+        """The coefficient after a step whose buckets have all come back."""
+        if self._seen:
+            common, power = (sum(part) for part in zip(*(self._seen[name] for name in sorted(self._seen)), strict=True))
+            self._seen = {}
+            self.coeff = self.moments.add(common, power)
 
     def _carried(self) -> dict[str, Tensor]:
         """The codec's state by tensor name, from all buckets."""

@@ -30,25 +30,25 @@ def gradients(rank: int, step: int, module: nn.Module) -> Tensor:
     return torch.cat([p.grad.reshape(-1) for p in module.parameters()])
 
 
-def train(codec: str, options: dict[str, Any], cap_mb: float, how: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """(weights after 4 steps, the first step's reduced gradient)."""
+def train(codec: str, options: dict[str, Any], cap_mb: float, how: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+    """(weights after 4 steps, the first step's reduced gradient, bits that this rank sent)."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
     module = model()
     ddp = DistributedDataParallel(module, bucket_cap_mb=cap_mb)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
-    CompressedHook(ddp, xutrain.codec(codec, **options), optimizer=optimizer, **how).attach()
+    hook = CompressedHook(ddp, xutrain.codec(codec, **options), optimizer=optimizer, **how).attach()
     first = torch.empty(0)
     for step in range(4):
         reduced = gradients(dist.get_rank(), step, ddp)
         first = reduced if step == 0 else first
         optimizer.step()
-    return torch.cat([p.detach().reshape(-1) for p in module.parameters()]), first
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters()]), first, hook.bits
 
 
-def exchanged(codec: Any, vector: Tensor, key: Key) -> Tensor:
-    """What the loop's exchange makes of it."""
+def exchanged(codec: Any, vector: Tensor, key: Key) -> tuple[Tensor, int]:
+    """What the loop's exchange makes of it, and the bits that a rank sends."""
     import torch.distributed as dist
 
     from xutrain.engine.meter import BitMeter
@@ -56,22 +56,24 @@ def exchanged(codec: Any, vector: Tensor, key: Key) -> Tensor:
     from xutrain.methods.exchange import Exchange
 
     count = dist.get_world_size()
-    return Exchange(Workers(count, dist.get_rank(), count), codec, BitMeter(), "alltoall").mean([vector], key).mean
+    exchange = Exchange(Workers(count, dist.get_rank(), count), codec, BitMeter(), "alltoall")
+    return exchange.mean([vector], key).mean, exchange.bits(vector.numel())[0] // count
 
 
-def both_ways() -> tuple[Tensor, Tensor]:
+def both_ways() -> tuple[Tensor, int, Tensor, int]:
     import torch.distributed as dist
 
-    options = {"levels": 9, "bucket": 64}
-    _, hooked = train("orq", options, 25.0, {"mode": "alltoall", "error_feedback": False})
+    options = {"levels": 5, "bucket": 64}  # groups of 24 symbols: a shard's last one is padded
+    _, hooked, bits = train("orq", options, 25.0, {"mode": "alltoall", "error_feedback": False})
     vector = gradients(dist.get_rank(), 0, model())
-    return hooked, exchanged(xutrain.codec("orq", **options), vector, Key(0, "hook", 0))
+    return hooked, bits, *exchanged(xutrain.codec("orq", **options), vector, Key(0, "hook", 0))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_all_to_all_is_the_exchange(ranks: int, forked: Callable[..., list[Any]]) -> None:
-    for hooked, expected in forked(both_ways, ranks):
+    for hooked, bits, expected, each in forked(both_ways, ranks):
         assert torch.equal(hooked, expected)
+        assert bits == 4 * each
 
 
 @pytest.mark.parametrize("cap", [25.0, 0.001])

@@ -24,6 +24,19 @@ from xutrain.registry import method
 _KEEP = 0.95
 
 
+class Moments:
+    """Running M_S and V_S of the exchanged block, from which lambda follows."""
+
+    def __init__(self, common: float = 0.0, spread: float = 0.0) -> None:
+        self.now = [common, spread]
+
+    def add(self, common: float, power: float) -> float:
+        """lambda after a step with ||mean block||^2 = ``common`` and mean ||block||^2 = ``power``; 1 where there is nothing yet."""
+        for i, value in enumerate((common, max(0.0, power - common))):
+            self.now[i] = _KEEP * self.now[i] + (1 - _KEEP) * value
+        return self.now[0] / sum(self.now) if sum(self.now) > 0 else 1.0
+
+
 class DetachedOptions(FeedbackOptions):
     """Options of DEF and DEF-A."""
 
@@ -39,7 +52,7 @@ class DEF(Feedback):
     def __init__(self, options: Any, setup: Setup) -> None:
         super().__init__(options, setup)
         self.adaptive = options.coeff == "adaptive"
-        self.moments = [0.0, 0.0]  # running M_S and V_S
+        self.moments = Moments()
 
     @classmethod
     def unsound(cls, recipe: Any, codec: Codec) -> list[Issue]:
@@ -58,10 +71,7 @@ class DEF(Feedback):
     def send(self, key: Any) -> Tensor:
         fed = self.setup.exchange.feedback(self.error, key, power=self.adaptive)
         if fed.power is not None:
-            common = float(torch.linalg.vector_norm(fed.mean).square())
-            for i, value in enumerate((common, max(0.0, fed.power - common))):
-                self.moments[i] = _KEEP * self.moments[i] + (1 - _KEEP) * value
-            self.coeff = self.moments[0] / sum(self.moments) if sum(self.moments) > 0 else 1.0
+            self.coeff = self.moments.add(float(torch.linalg.vector_norm(fed.mean).square()), fed.power)
         return fed.mean
 
     def message_bits(self, length: int) -> tuple[int, int]:
@@ -72,11 +82,11 @@ class DEF(Feedback):
 
     def state(self) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
         shared, workers = super().state()
-        return {**shared, "coeff": self.coeff, "moments": list(self.moments)}, workers
+        return {**shared, "coeff": self.coeff, "moments": list(self.moments.now)}, workers
 
     def load_state(self, shared: dict[str, Any], worker: Any) -> None:
         super().load_state(shared, worker)
-        self.coeff, self.moments = shared["coeff"], list(shared["moments"])
+        self.coeff, self.moments = shared["coeff"], Moments(*shared["moments"])
 
 
 @method("sparsify", "def_a", paper="2004.05298", summary="DEF evaluated at x, which is an average of y's iterates")
