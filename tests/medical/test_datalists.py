@@ -114,6 +114,44 @@ def test_pictures_with_two_structures(tmp_path: Path) -> None:
         assert torch.equal(task.scans.masks[0, 1], torch.from_numpy(cup.astype(np.uint8)))
 
 
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bits_are_not_cut_at_eight(tmp_path: Path, ending: str) -> None:
+    """Pillow's conversion to grey would make all of these white."""
+    items, mask = [], tiny.ellipsoid((18, 14))
+    for i in range(4):
+        tiny.picture(tmp_path / "S" / f"x{i}.{ending}", (mask * 40_000 + 1000 * (i + 1)).astype(np.uint16))
+        tiny.picture(tmp_path / "S" / f"m{i}.png", mask.astype(np.uint8))
+        items.append({"image": f"x{i}.{ending}", "label": f"m{i}.png"})
+    (tmp_path / "S" / "datalist.json").write_text(json.dumps({"training": items[:3], "testing": items[3:]}))
+    task = build(tmp_path, lists={"S": "S"}, size=None, window=[0.0, 50_000.0])
+    assert [round(float(v), 4) for v in task.scans.images.amin((1, 2, 3))] == [0.02, 0.04, 0.06]
+    assert [round(float(v), 4) for v in task.scans.images.amax((1, 2, 3))] == [0.82, 0.84, 0.86]
+    assert "1 channels" in faults(tmp_path, lists={"S": "S"}, channels=3)[0], "grey of 16 bits is not made colour"
+
+
+def test_numbers_as_names_are_cases_unless_they_are_slices(tmp_path: Path) -> None:
+    """Image/003.png with Mask/003.png is a case of its own; Image/p1/003.png with Mask/p1/003.png is a slice of p1."""
+    for site, place in (("flat", "{part}/{n:03d}.png"), ("slices", "{part}/p{n}/7.png")):
+        items = []
+        for n in range(4):
+            files = {part: place.format(part=part, n=n) for part in ("Image", "Mask")}
+            tiny.picture(tmp_path / site / files["Image"], np.full((16, 16), 10 * n + (site == "flat"), np.uint8))
+            tiny.picture(tmp_path / site / files["Mask"], tiny.ellipsoid((16, 16)).astype(np.uint8))
+            items.append({"image": files["Image"], "label": files["Mask"]})
+        (tmp_path / site / "datalist.json").write_text(json.dumps({"training": items[:3], "testing": items[3:]}))
+    task = build(tmp_path, lists={"flat": "flat", "slices": "slices"})
+    assert list(task.splits["train"].cases) == ["flat/000", "flat/001", "flat/002", "slices/p0", "slices/p1", "slices/p2"]
+
+
+@pytest.mark.parametrize("value", [5, [5], [], {"a": "b"}, ["a.png", None]])
+def test_items_that_name_no_file(two: Path, value: object) -> None:
+    file = two / "A" / "datalist.json"
+    listed = json.loads(file.read_text())
+    listed["training"][1]["image"] = value
+    file.write_text(json.dumps(listed))
+    assert "A/datalist.json" in faults(two)[0]
+
+
 def test_one_mask_file_a_structure(tmp_path: Path) -> None:
     disc, cup = (tiny.ellipsoid((16, 16), 0.5, r) for r in (0.3, 0.1))
     for i in range(4):
@@ -297,6 +335,9 @@ def test_other_dimensions_and_channels(two: Path) -> None:
         {"mask_code": "refuge"},
         {"structures": {}},
         {"spacing": [1.0]},
+        {"spacing": [1.0, 0.0, 1.0]},
+        {"lists": {"a/b": "a"}},
+        {"unseen": {"": "a"}},
     ],
 )
 def test_options_that_contradict(options: dict[str, object]) -> None:
@@ -304,7 +345,7 @@ def test_options_that_contradict(options: dict[str, object]) -> None:
 
     cls = registry.load("dataset", "medical_datalists")
     with pytest.raises(ValidationError):
-        cls.Options(lists={"A": "a"}, **options)
+        cls.Options(**{"lists": {"A": "a"}, **options})
     with pytest.raises(ValidationError, match="trains too"):
         cls.Options(lists={"A": "a"}, unseen={"A": "a"})
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from xutrain.data.medical_files import Form, Loaded, MaskCode, load
-from xutrain.data.medical_lists import Item, find_list, missing_files, read_list, shared_cases
+from xutrain.data.medical_files import Form, MaskCode, load
+from xutrain.data.medical_lists import SPLITS, Item, find_list, missing_files, read_list, shared_cases
+from xutrain.data.medical_samples import Block, Samples, kept, key_of
 from xutrain.data.segmentation import Scans, SegmentationOptions, SegmentationTask
 from xutrain.errors import DataError, Issue, RecipeError, XutrainError
 from xutrain.registry import dataset
 
 Side = Annotated[int, Field(ge=1)]
+Millimetres = Annotated[float, Field(gt=0)]
+#: a site's name is part of file names
+SiteName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
 
 
 @dataset(
@@ -26,10 +33,10 @@ class MedicalDatalists:
 
     class Options(SegmentationOptions):
         name: str = "medical_datalists"
-        lists: dict[str, str] = Field(
+        lists: dict[SiteName, str] = Field(
             {}, description="Site to datalist: a JSON file or a prepared set's name, below root, the data folder or here."
         )
-        unseen: dict[str, str] = Field({}, description="The same for sites of which only test samples are used.")
+        unseen: dict[SiteName, str] = Field({}, description="The same for sites of which only test samples are used.")
         root: str = Field("", description="Folder that the paths in the lists are relative to; empty takes the folder of each list.")
         dims: Literal[2, 3] = Field(
             2, description="2 takes pictures, or the axial slices of volumes that show a structure; 3 takes volumes."
@@ -38,7 +45,7 @@ class MedicalDatalists:
             [256, 256], description="Samples are brought to this size (3-D: depth first); null keeps theirs, padded to one with patch."
         )
         fit: Literal["resize", "pad"] = Field("resize", description="How they are brought to size: interpolation, or padding and cropping.")
-        spacing: list[float] | None = Field(None, description="Resample volumes to these millimetres (depth, height, width) first.")
+        spacing: list[Millimetres] | None = Field(None, description="Resample volumes to these millimetres (depth, height, width) first.")
         channels: Side = Field(1, description="Channels of an image; pictures are converted to grey for 1, to RGB for 3.")
         structures: dict[str, list[int]] = Field(
             {"foreground": []},
@@ -93,7 +100,9 @@ class MedicalDatalists:
             options.empty,
         )
         patch = None if options.patch is None else tuple(options.patch)
-        splits = _loaded(items, form, names, patch)
+        items = sorted(items, key=lambda item: list(SPLITS.values()).index(item.split))
+        key = key_of((file for item in items for file in item.files), form, patch, names, [(i.site, i.split, i.case) for i in items])
+        splits = _splits(kept(key, lambda: _loaded(items, form, names, patch), _padded, patch))
         origin = ""
         if options.size is None and patch is None:
             origin = f"{items[0].image[0]} (site {items[0].site}) and all others are of this size; data.size can change it"
@@ -145,10 +154,10 @@ def _first_cases(items: list[Item], limit: int) -> list[Item]:
     return kept
 
 
-def _loaded(items: list[Item], form: Form, names: tuple[str, ...], patch: tuple[int, ...] | None) -> dict[str, Scans]:
-    """All samples by split; of different sizes only with patches: they are then padded to one. Raises DataError with all faults."""
+def _loaded(items: list[Item], form: Form, names: tuple[str, ...], patch: tuple[int, ...] | None) -> Iterator[Block]:
+    """Samples item by item; of different sizes only with patches. Raises DataError with all faults, after the last item."""
     problems: list[Issue] = []
-    parts: dict[str, list[Scans]] = {}
+    found_in: set[str] = set()
     known: dict[str, Item] = {}
     sizes: dict[tuple[int, ...], Item] = {}
     for item in items:
@@ -174,33 +183,34 @@ def _loaded(items: list[Item], form: Form, names: tuple[str, ...], patch: tuple[
             )
             continue
         sizes.setdefault(shape, item)
-        parts.setdefault(item.split, []).append(_scans(found, item, names.index(item.site)))
+        found_in.add(item.split)
+        if not problems:
+            yield Block(item.split, names.index(item.site), item.case, found.images, found.masks)
     if problems:
         raise DataError(*problems)
     for split in ("train", "test"):
-        if split not in parts:
+        if split not in found_in:
             raise DataError(Issue("data.lists", f"no {split} sample is left", has_value=False, hint="every mask of it is empty"))
-    if patch is not None:
-        largest = tuple(max(sides) for sides in zip(patch, *sizes, strict=True))
-        parts = {split: [_padded(s, largest) for s in scans] for split, scans in parts.items()}
-    return {split: Scans.join(scans) for split, scans in parts.items()}
 
 
-def _padded(scans: Scans, size: tuple[int, ...]) -> Scans:
-    """Samples with zeros about them, up to ``size``."""
+def _padded(samples: Tensor, sides: tuple[int, ...]) -> Tensor:
+    """Samples with zeros about them, up to ``sides``, the largest of all."""
     from monai.transforms import SpatialPad
     from monai.utils import convert_to_tensor
 
-    if tuple(scans.images.shape[2:]) == size:
-        return scans
-    pad = SpatialPad((scans.images.shape[1], *size))  # samples travel as channels
-    image, mask = (convert_to_tensor(pad(part)) for part in (scans.images, scans.masks))
-    return Scans(image, mask, scans.sites, scans.cases)
+    padded: Tensor = convert_to_tensor(SpatialPad((samples.shape[1], *sides))(samples))  # samples travel as channels
+    return padded
 
 
-def _scans(found: Loaded, item: Item, site: int) -> Scans:
-    n = len(found.images)
-    return Scans(found.images, found.masks, torch.full((n,), site), (item.case,) * n)
+def _splits(samples: Samples) -> dict[str, Scans]:
+    """The samples by split, in the memory that they are mapped to."""
+    sites = torch.tensor(samples.sites)
+    whole = Scans(samples.images, samples.masks, sites, samples.cases)
+    first, found = 0, {}
+    for split, count in Counter(samples.splits).items():
+        found[split] = whole.part(first, first + count)
+        first += count
+    return found
 
 
 def _repeated(first: Item, item: Item) -> list[Issue]:

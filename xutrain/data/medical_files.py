@@ -135,13 +135,18 @@ def _reader(path: Path, channels: int) -> Any:
     name = path.name.lower()
     if name.endswith(PICTURES):
         mode = {1: "L", 3: "RGB"}.get(channels)
-        return PILReader(reverse_indexing=False, converter=None if mode is None else lambda picture: picture.convert(mode))
+        return PILReader(reverse_indexing=False, converter=None if mode is None else lambda picture: _in_colours(picture, mode))
     if path.is_dir() or name.endswith(".dcm"):
         return PydicomReader()
     if name.endswith((".mhd", ".mha", ".nrrd")):
         hint = "xutrain data prepare converts such sets; elsewhere convert them to NIfTI"
         raise DataError(Issue(str(path), "datalists are read from NIfTI, DICOM and pictures", has_value=False, hint=hint))
     return NibabelReader()
+
+
+def _in_colours(picture: Any, mode: str) -> Any:
+    """A Pillow picture in ``mode``; 16-bit, integer and float pictures as they are, since Pillow would cut them at 255."""
+    return picture if picture.mode.startswith(("I", "F")) else picture.convert(mode)
 
 
 def _misfit(item: Item, image: Any, label: Any, form: Form) -> Issue | None:

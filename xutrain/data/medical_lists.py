@@ -106,11 +106,11 @@ def read_list(site: str, file: Path, root: str = "", *, unseen: bool = False, fo
     except (OSError, ValueError, TypeError, AttributeError) as reason:
         raise DataError(Issue(where, f"not a datalist: {reason}", has_value=False, hint="its form: docs/medical-data.md")) from reason
     problems = [
-        Issue(where, f"{key} item {i} has no {part}", has_value=False, hint="every item needs image and label")
+        Issue(where, f"{key} item {i} has no {part}", has_value=False, hint="every item needs image and label, a path or a list of paths")
         for key, items in listed.items()
         for i, item in enumerate(items)
         for part in ("image", "label")
-        if not item.get(part)
+        if not _named(item.get(part))
     ]
     if problems:
         raise DataError(*problems)
@@ -147,6 +147,11 @@ def _fold(listed: dict[str, list[dict[str, Any]]], fold: int, where: str) -> dic
     return {**listed, "training": [item for item in items if item.get("fold") != fold], "validation": held}
 
 
+def _named(value: Any) -> bool:
+    """Whether an item's value is a path, or a list of some."""
+    return bool(value) and all(isinstance(v, str) and v for v in (value if isinstance(value, list) else [value]))
+
+
 def _paths(value: str | list[str]) -> tuple[Path, ...]:
     return tuple(Path(v) for v in ([value] if isinstance(value, str) else value))
 
@@ -158,11 +163,12 @@ def stem(path: Path | str) -> str:
 
 
 def _case(item: Mapping[str, Any]) -> str:
-    """The person that an item names; else the folder of slices <case>/<number>.png; else the file's stem."""
+    """The person that an item names; else the folder of slices <case>/<number>.png, if the mask's has that name too; else the stem."""
     if item.get("case"):
         return os.path.basename(str(item["case"]))
-    image = _paths(item["image"])[0]
-    return image.parent.name if stem(image).isdigit() else stem(image)
+    image, label = _paths(item["image"])[0], _paths(item["label"])[0]
+    sliced = stem(image).isdigit() and stem(label).isdigit() and image.parent.name == label.parent.name
+    return image.parent.name if sliced else stem(image)
 
 
 def missing_files(items: Sequence[Item]) -> list[Issue]:
@@ -186,8 +192,9 @@ def shared_cases(items: Sequence[Item]) -> list[Issue]:
     """Cases that stand in two splits of a site."""
     splits: dict[str, str] = {}
     found = {}
+    hint = "split by case, never by slice; the key case of an item says whose image it is"
     for item in items:
         if splits.setdefault(item.case, item.split) != item.split:
             what = f"case {item.case.split('/', 1)[1]} is in {splits[item.case]} and in {item.split}"
-            found[item.case] = Issue(f"{item.image[0]} (site {item.site})", what, has_value=False, hint="split by case, never by slice")
+            found[item.case] = Issue(f"{item.image[0]} (site {item.site})", what, has_value=False, hint=hint)
     return list(found.values())

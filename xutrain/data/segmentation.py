@@ -55,12 +55,26 @@ class Scans:
     @classmethod
     def join(cls, parts: list[Scans]) -> Scans:
         """All samples of ``parts``, in their order."""
-        images, masks = torch.cat([p.images for p in parts]), torch.cat([p.masks for p in parts])
+        images, masks = _joined([p.images for p in parts]), _joined([p.masks for p in parts])
         return cls(images, masks, torch.cat([p.sites for p in parts]), tuple(case for p in parts for case in p.cases))
+
+    def part(self, first: int, last: int) -> Scans:
+        """Samples ``first`` to ``last`` (exclusive), in the same memory."""
+        return Scans(self.images[first:last], self.masks[first:last], self.sites[first:last], self.cases[first:last])
 
     def pick(self, rows: Tensor) -> Scans:
         """The samples ``rows`` (int64 indices), in that order."""
         return Scans(self.images[rows], self.masks[rows], self.sites[rows], tuple(self.cases[i] for i in rows.tolist()))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """``torch.cat``, without a copy where the parts lie one after the other in the same memory (mapped files)."""
+    first, at = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or part.data_ptr() != at or not part.is_contiguous():
+            return torch.cat(parts)
+        at += part.numel() * part.element_size()
+    return first.as_strided((sum(len(p) for p in parts), *first.shape[1:]), first.stride())
 
 
 class SegmentationTask(Task):
@@ -95,7 +109,8 @@ class SegmentationTask(Task):
         self.scans = Scans.join([train, val]) if owned and val is not None else train
         self.num_train, self.sites = len(self.scans), self.scans.sites
         self.held_out = torch.arange(self.num_train) >= len(train) if owned else None
-        self.splits = {"train": train, "val": train.pick(self.sites[:0]) if val is None else val, "test": splits["test"]}
+        middle = len(train)
+        self.splits = {"train": self.scans.part(0, middle), "val": self.scans.part(middle, self.num_train), "test": splits["test"]}
         shape = self.scans.images.shape[1:]
         self.input_shape = tuple(shape) if patch is None else (shape[0], *patch)
         self.patch, self.augment, self.kind = patch, augment, loss
@@ -146,6 +161,11 @@ class SegmentationTask(Task):
 
         # compute_dice counts distinct mask values to recognise an empty truth, so it wants plain 0 and 1
         return compute_dice((outputs > 0).float(), batch.targets, ignore_empty=True)
+
+    def counts(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Pixels of prediction and truth together, of the prediction, of the truth, shape (n, S, 3): they add up over a case."""
+        found, truth = (outputs > 0).flatten(2), (batch.targets > 0).flatten(2)
+        return torch.stack([(found & truth).sum(2), found.sum(2), truth.sum(2)], dim=2)
 
     def score(self, outputs: Tensor, batch: Batch) -> dict[str, tuple[float, float]]:
         """``loss``, ``dice`` (mean over the structures that a sample has) and, of several structures, ``dice_<structure>``."""

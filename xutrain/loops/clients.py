@@ -7,6 +7,7 @@ number of processes, takes the same samples. All clients of a process share one 
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from xutrain.engine.replica import Replica, clip_norm
 from xutrain.engine.rng import Key
 from xutrain.errors import Issue, RecipeError
 from xutrain.loops.networks import Extra, WhoseSample
-from xutrain.methods.federate.base import State
+from xutrain.methods.federate.base import State, clone
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def shards(parts: list[Any], clients: Any, train: Any, seed: int, *, pooled: boo
     for mine, val in held:
         batch = min(train.batch_size, len(mine))
         per_pass = max(1, (least if clients.steps == "equal" else len(mine)) // batch)
-        made.append(Shard(mine, val, batch, per_pass, train.local_steps or max(1, int(train.local_epochs * per_pass))))
+        made.append(Shard(mine, val, batch, per_pass, train.local_steps or max(1, math.floor(train.local_epochs * per_pass + 1e-9))))
     if pooled:
         union = torch.cat([s.train for s in made]).sort().values
         batch = sum(s.batch_size for s in made)
@@ -160,6 +161,10 @@ class ClientData:
         loss, gradient = self.bench.gradient(point, self.batch(step))
         self.losses = loss if self.losses is None else self.losses + loss
         self.counted += 1
+        return self._finished(gradient, point)
+
+    def _finished(self, gradient: Tensor, point: Tensor) -> Tensor:
+        """A minibatch gradient with weight decay, clipped."""
         if self.bench.train.weight_decay:
             gradient.add_(point, alpha=self.bench.train.weight_decay)
         return clip_norm(gradient, self.bench.train.clip_norm)
@@ -225,7 +230,7 @@ class ClientData:
         self.losses = loss.detach() if self.losses is None else self.losses + loss.detach()
         self.counted += 1
         (loss + divergence(wanted, outputs)).backward()
-        return clip_norm(bench.replica.grad(), bench.train.clip_norm)
+        return self._finished(bench.replica.grad(), point)
 
     @property
     def mean_loss(self) -> float:
@@ -242,18 +247,48 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     return cross - nn.functional.binary_cross_entropy_with_logits(teacher, p)
 
 
+#: rounds that a client can go back: the one that was thrown away and, where losses come late, the one trained from it
+DEPTH = 2
+
+
 @dataclass
 class Kept:
-    """What a client keeps between rounds: the method's state, its own buffers, what the codec lost."""
+    """What a client keeps between rounds: the method's state, its own buffers, what the codec lost.
+
+    ``past`` holds copies of it from before its last rounds, with their numbers, where a server may throw rounds away.
+    """
 
     state: State
     buffers: Tensor | None = None
     residual: dict[str, Tensor] = field(default_factory=dict)
+    past: list[tuple[int, Kept]] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        return not (self.state or self.residual) and self.buffers is None
+
+    def remember(self, round: int) -> None:
+        """Note what is kept before ``round``; once a round."""
+        if not self.past or self.past[-1][0] != round:
+            copy = Kept(clone(self.state), None if self.buffers is None else self.buffers.clone(), clone(self.residual))
+            self.past = [*self.past, (round, copy)][-DEPTH:]
+
+    def undo(self, round: int) -> None:
+        """Go back to before the first remembered round that is not before ``round``."""
+        for i, (index, before) in enumerate(self.past):
+            if index >= round:
+                self.state, self.buffers, self.residual, self.past = before.state, before.buffers, before.residual, self.past[:i]
+                return
 
     def pack(self) -> State:
         packed: State = {"state": self.state, "residual": self.residual}
-        return packed if self.buffers is None else {**packed, "buffers": self.buffers}
+        if self.buffers is not None:
+            packed["buffers"] = self.buffers
+        if self.past:
+            packed["past"] = [[index, before.pack()] for index, before in self.past]
+        return packed
 
     @classmethod
     def unpack(cls, packed: State) -> Kept:
-        return cls(packed["state"], packed.get("buffers"), packed["residual"])
+        past = [(int(index), cls.unpack(before)) for index, before in packed.get("past", [])]
+        return cls(packed["state"], packed.get("buffers"), packed["residual"], past)

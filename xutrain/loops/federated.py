@@ -22,6 +22,7 @@ from xutrain.engine.stop import Stop
 from xutrain.engine.workers import Workers
 from xutrain.errors import Issue, Stopped
 from xutrain.launch.plan import Forecast
+from xutrain.loops import site_eval
 from xutrain.loops.absence import count_lost, lose, lost_numbers
 from xutrain.loops.clients import Bench, ClientData, Kept, Shard, shards
 from xutrain.loops.federated_checks import check_combination
@@ -29,7 +30,7 @@ from xutrain.loops.federated_eval import finish, measure, over_rounds, write_par
 from xutrain.loops.federated_search import check_validation, draw_search, searched
 from xutrain.loops.networks import Extra, build_networks, describe
 from xutrain.loops.uplink import BUFFERS, Sent, Uplink
-from xutrain.methods.federate.base import FederatedMethod, Federation, Reply, Round, State
+from xutrain.methods.federate.base import SINCE, UNDO, FederatedMethod, Federation, Plan, Reply, Round, State, finite
 
 
 @dataclass
@@ -40,7 +41,6 @@ class Job:
         server: the method's server state, equal on every process.
         kept: what the hosted clients keep.
         taken: local steps that each client has done so far, all clients.
-        buffers: the server's batch-norm statistics.
         eval: the recipe's section on measuring.
         extras: further networks that the method wants.
         seen: round and metrics of every measurement so far.
@@ -55,12 +55,17 @@ class Job:
     parts: list[Shard]
     policy: str
     server: State
-    buffers: Tensor
     taken: list[int]
     eval: Any
     extras: dict[str, Extra] = field(default_factory=dict)
     kept: dict[int, Kept] = field(default_factory=dict)
     seen: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def buffers(self) -> Tensor:
+        """The server's batch-norm statistics, part of its state: who takes a model back takes them back as well."""
+        statistics: Tensor = self.server[BUFFERS]
+        return statistics
 
 
 def samples_of(task: Task) -> Samples:
@@ -72,6 +77,7 @@ def samples_of(task: Task) -> Samples:
 def build(recipe: Any, ctx: Context) -> Job:
     """Data, partition, model, codec and method of a recipe, equal on every process."""
     task: Task = registry.load("dataset", recipe.data.name).build(recipe.data, recipe.seed)
+    site_eval.check(task, recipe.eval.sites)
     clients: int = recipe.clients.count
     cls = registry.load("method", recipe.method.name, verb="federate")
     rule = registry.load("partition", recipe.partition.name)
@@ -120,8 +126,7 @@ def build(recipe: Any, ctx: Context) -> Job:
         method,
         parts,
         policy,
-        method.server_state(theta),
-        buffers,
+        {**method.server_state(theta), BUFFERS: buffers},
         [0] * clients,
         recipe.eval,
         extras,
@@ -211,13 +216,12 @@ def play(job: Job, setting: Round) -> dict[str, float]:
     gathered: dict[str, float] = {"clients_lost": float(len(setting.lost))} if setting.lost else {}
     sent = job.buffers.numel() if job.policy == "mean" else 0
     count_lost(job.method, job.server, setting, job.uplink, job.workers.hosted, sent)
-    lost = job.method.lost(job.server)
     for exchange in range(job.method.exchanges):
         setting = job.method.refine(job.server, setting, exchange)
         last = exchange == job.method.exchanges - 1
         merged = _Merged(job, setting, exchange, last)
         job.method.merge(job.server, setting, merged.replies(), exchange)
-        gathered.update(merged.finish(lost))
+        gathered.update(merged.finish())
     for client, steps in zip(setting.clients, merged.steps, strict=True):
         job.taken[client] += steps
     job.uplink.settle()
@@ -241,6 +245,8 @@ class _Merged:
             if buffers is not None:
                 self.buffers.add_(buffers, alpha=reply.weight)
             self.steps.append(int(reply.measures.pop("steps")))
+            if self.last and self.job.policy != "none" and len(self.steps) == len(self.setting.clients):
+                self.job.server[BUFFERS] = self.buffers  # everybody has answered; the method may still take them back
             for name, value in {**reply.measures, "local_loss": loss}.items():
                 self.measures[name] = self.measures.get(name, 0.0) + reply.weight * value
             yield reply
@@ -254,6 +260,7 @@ class _Merged:
             kept = Kept(job.method.client_state(client))
         plan = job.method.plan(job.server, setting, client, self.exchange).copy()
         job.uplink.count_plan(plan)
+        kept = self.recall(kept, plan)
         problem = ClientData(job.bench, client, job.parts[client], job.taken[client], extras=job.extras)
         if job.policy != "none":
             start = kept.buffers if job.policy == "local" and kept.buffers is not None else job.buffers
@@ -270,16 +277,29 @@ class _Merged:
             if job.policy == "local":
                 kept.buffers = end
         tolerant, counted = job.method.tolerant, job.policy == "mean"
+        broken = tolerant and not finite(reply.tensors)  # leaves no trace at its client
         sent = job.uplink.send(reply, kept, setting.index, self.exchange, problem.mean_loss, tolerant=tolerant, count_buffers=counted)
-        if kept.state or kept.residual or kept.buffers is not None:
-            job.kept[client] = kept
+        if broken and self.last:
+            kept.undo(setting.index)
+        job.kept[client] = kept
+        if kept.empty:
+            del job.kept[client]
         return sent
 
-    def finish(self, lost: int) -> dict[str, float]:
-        """Install the merged statistics unless the round was thrown away; the weighted means of what the clients measured."""
+    def recall(self, kept: Kept, plan: Plan) -> Kept:
+        """What the client starts from: ``kept``, without the rounds that the server threw away, or nothing of an earlier training."""
+        undo, since = plan.numbers.pop(UNDO, None), plan.knobs.pop(SINCE, 0)
+        if undo is not None:
+            kept.undo(int(undo))
+        if kept.past and kept.past[-1][0] < since:
+            kept = Kept(self.job.method.client_state(plan.client))
+        if self.job.method.tolerant:
+            kept.remember(self.setting.index)
+        return kept
+
+    def finish(self) -> dict[str, float]:
+        """The weighted means of what the clients measured."""
         assert len(self.steps) == len(self.setting.clients), "a method must use up its stream of replies"
-        if self.last and self.job.policy != "none" and self.job.method.lost(self.job.server) == lost:
-            self.job.buffers = self.buffers
         return {name: value for name, value in self.measures.items() if value == value}
 
 
@@ -322,7 +342,7 @@ def forecast(recipe: Any) -> Forecast:
 
 
 def _save(checkpoints: Checkpoints, job: Job, ctx: Context, index: int) -> None:
-    shared = {"server": job.server, "buffers": job.buffers, "taken": job.taken, "meter": ctx.meter.state(), "seen": job.seen}
+    shared = {"server": job.server, "taken": job.taken, "meter": ctx.meter.state(), "seen": job.seen}
     if job.policy != "none":
         job.replica.load_buffers(job.buffers)
     workers = {client: kept.pack() for client, kept in job.kept.items()}
@@ -331,7 +351,7 @@ def _save(checkpoints: Checkpoints, job: Job, ctx: Context, index: int) -> None:
 
 def _restore(job: Job, saved: Saved, ctx: Context, record: Record) -> int:
     shared = saved.shared
-    job.server, job.buffers, job.taken, job.seen = shared["server"], shared["buffers"], list(shared["taken"]), list(shared["seen"])
+    job.server, job.taken, job.seen = shared["server"], list(shared["taken"]), list(shared["seen"])
     job.kept = {client: Kept.unpack(saved.worker(client)) for client in saved.workers if client in job.workers.hosted}
     ctx.meter.load_state(shared["meter"])
     record.rewind(saved.step)

@@ -6,6 +6,7 @@ a volume they look at axial slices, some drawn ones while they train, all of the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -107,14 +108,23 @@ class WhoseSample:
 
     def evaluate(self, point: Tensor, split: str = "val") -> dict[str, float]:
         """Share of the client's samples that the network gives to it (this class's recall), and the mean loss; {} without samples."""
+        hits, loss, count, own = 0.0, 0.0, 0, self.data.client
+        for found in self._probabilities(point, split):
+            hits += float((found.argmax(dim=1) == own).sum())
+            loss -= float(found[:, own].clamp_min(1e-12).log().sum())
+            count += len(found)
+        return {"loss": loss / count, "accuracy": hits / count} if count else {}
+
+    def confidence(self, point: Tensor, split: str = "val") -> Tensor:
+        """Probability of this client for each of its own samples, shape (n,)."""
+        return torch.cat([point.new_empty(0), *(found[:, self.data.client] for found in self._probabilities(point, split))])
+
+    def _probabilities(self, point: Tensor, split: str) -> Iterator[Tensor]:
+        """Softmax of the client's samples, block by block."""
         data = self.data
-        indices = data.shard.val if split == "val" else data.shard.train
-        hits = loss = 0.0
-        for chunk in indices.split(data.bench.eval_batch) if len(indices) else ():
-            found = self.extra.probabilities(point, data.bench.task.plain(chunk).to(data.bench.ctx.device).inputs)
-            hits += float((found.argmax(dim=1) == data.client).sum())
-            loss -= float(found[:, data.client].clamp_min(1e-12).log().sum())
-        return {"loss": loss / len(indices), "accuracy": hits / len(indices)} if len(indices) else {}
+        for chunk in (data.shard.val if split == "val" else data.shard.train).split(data.bench.eval_batch):
+            if len(chunk):
+                yield self.extra.probabilities(point, data.bench.task.plain(chunk).to(data.bench.ctx.device).inputs)
 
 
 def describe(extras: dict[str, Extra]) -> dict[str, Any]:

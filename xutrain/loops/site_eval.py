@@ -8,6 +8,7 @@ numbers do not depend on P. Dice is per sample and structure at threshold 0.5; s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,15 @@ from torch import Tensor
 from xutrain.data.base import Batch
 from xutrain.engine.context import Context
 from xutrain.engine.record import Record
+from xutrain.errors import Issue, RecipeError
 from xutrain.loops import site_tables
 from xutrain.methods.federate.base import Committee
 
 if TYPE_CHECKING:
     from xutrain.loops.federated import Job
 
+#: losses (n,), Dice (n, S) and its counts (n, S, 3) of a batch, as they cross between processes
+Measured = tuple[list[float], list[list[float]], list[list[list[float]]]]
 SHARED = -1
 GAMMAS = (0.0, 0.5, 0.7, 0.9, 0.95, 0.99, 1.0)
 QUANTILES = (0.1, 0.5, 0.9)
@@ -30,10 +34,17 @@ QUANTILES = (0.1, 0.5, 0.9)
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model (or an ensemble) makes of a split: losses (n,), Dice (n, S) with nan where the truth is empty."""
+    """What one model (or an ensemble) makes of a split.
+
+    Attributes:
+        losses: (n,).
+        dice: (n, S), nan where the truth is empty.
+        counts: (n, S, 3), pixels of prediction and truth together, of the prediction, of the truth; nan where several models speak.
+    """
 
     losses: Tensor
     dice: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,8 @@ def owner_of_samples(job: Job, split: str) -> Tensor:
     return torch.tensor([known.get(site, SHARED) for site in job.task.split_sites(split).tolist()], dtype=torch.int64)  # type: ignore[attr-defined]
 
 
-def answers(job: Job, ctx: Context, split: str) -> dict[int, Answer]:
-    """Answers of every model on every sample of ``split``: SHARED, or the clients' numbers."""
+def answers(job: Job, ctx: Context, split: str, *, ensemble: bool = False) -> dict[int, Answer]:
+    """Answers of every model on every sample of ``split``: SHARED, or the clients' numbers; theirs is followed by the ensemble's."""
     committee = job.method.committee(job.server)
     if committee is None and job.method.personal:
         from xutrain.loops.federated_eval import load
@@ -86,7 +97,7 @@ def answers(job: Job, ctx: Context, split: str) -> dict[int, Answer]:
             placed = batch.to(ctx.device)
             outputs = {name: logits(job, vector, placed) for name, vector in models.items()}
             scored = {name: _measure(job, out, placed) for name, out in outputs.items()}
-            if committee is not None and committee.rule == "ensemble":
+            if committee is not None and (ensemble or committee.rule == "ensemble"):
                 scored[len(committee.own)] = _measure(job, mixed([outputs[k] for k in range(len(committee.own))]), placed)
             found.append((i, scored))
     blocks = [scored for _, scored in sorted(_everyone(ctx, found), key=lambda item: item[0])]
@@ -125,19 +136,19 @@ def mixed(outputs: list[Tensor]) -> Tensor:
     return torch.logit(torch.stack(outputs).sigmoid().mean(dim=0), eps=1e-6)
 
 
-def _score(job: Job, batch: Batch) -> tuple[list[float], list[list[float]]]:
+def _score(job: Job, batch: Batch) -> Measured:
     placed = batch.to(job.bench.ctx.device)
     return _measure(job, forward(job, placed), placed)
 
 
-def _measure(job: Job, outputs: Tensor, batch: Batch) -> tuple[list[float], list[list[float]]]:
+def _measure(job: Job, outputs: Tensor, batch: Batch) -> Measured:
     task: Any = job.task
-    return task.losses(outputs, batch).tolist(), task.dice(outputs, batch).tolist()
+    return task.losses(outputs, batch).tolist(), task.dice(outputs, batch).tolist(), task.counts(outputs, batch).tolist()
 
 
-def _join(blocks: list[tuple[list[float], list[list[float]]]]) -> Answer:
-    losses = [value for block, _ in blocks for value in block]
-    return Answer(torch.tensor(losses, dtype=torch.float64), torch.tensor([r for _, rows in blocks for r in rows], dtype=torch.float64))
+def _join(blocks: list[Measured]) -> Answer:
+    columns = ([row for block in blocks for row in block[part]] for part in range(3))
+    return Answer(*(torch.tensor(rows, dtype=torch.float64) for rows in columns))
 
 
 def probabilities(job: Job, ctx: Context, split: str, committee: Committee) -> Tensor | None:
@@ -154,15 +165,23 @@ def probabilities(job: Job, ctx: Context, split: str, committee: Committee) -> T
     return torch.tensor(rows, dtype=torch.float64)
 
 
+def check(task: Any, wanted: str) -> None:
+    """Refuse to measure on unseen sites where there are none. Raises RecipeError."""
+    if wanted == "unseen" and hasattr(task, "unseen_sites") and not task.unseen_sites:
+        hint = "take seen or all, or add a site to data.unseen"
+        raise RecipeError(Issue("eval.sites", "every site of the data trains", wanted, hint))
+
+
 def choose(committee: Committee, owner: Tensor, found: Tensor | None, rule: str | None = None, gamma: float | None = None) -> Choice:
     """Who speaks for every sample under ``rule`` (the committee's by default). Equal probabilities: the lowest client."""
-    rule, gamma = rule or committee.rule, committee.gamma if gamma is None else gamma
+    rule, limit = rule or committee.rule, committee.gamma if gamma is None else gamma
     likely = sure = None
     if found is not None:
         sure, likely = found.max(dim=1).values, found.argmax(dim=1)
     if rule == "super":
         assert likely is not None and sure is not None
-        return Choice(torch.where(sure > gamma, likely, torch.full_like(likely, SHARED)), likely, sure)
+        above = sure > (torch.tensor(limit, dtype=sure.dtype)[likely] if isinstance(limit, tuple) else limit)
+        return Choice(torch.where(above, likely, torch.full_like(likely, SHARED)), likely, sure)
     if rule == "ensemble":
         return Choice(torch.full_like(owner, len(committee.own)), likely, sure)
     return Choice(owner if rule in ("oracle", "own") else torch.full_like(owner, SHARED), likely, sure)
@@ -171,20 +190,28 @@ def choose(committee: Committee, owner: Tensor, found: Tensor | None, rule: str 
 def spoken(said: dict[int, Answer], choice: Choice) -> Answer:
     """The chosen model's answer on every sample; where nobody is chosen and no shared model exists, the mean over the clients."""
     some = next(iter(said.values()))
-    losses, dice = torch.empty_like(some.losses), torch.empty_like(some.dice)
+    losses, dice, counts = torch.empty_like(some.losses), torch.empty_like(some.dice), torch.full_like(some.counts, math.nan)
     for name in choice.route.unique().tolist():
         rows = choice.route == name
         if name in said:
-            losses[rows], dice[rows] = said[name].losses[rows], said[name].dice[rows]
+            losses[rows], dice[rows], counts[rows] = said[name].losses[rows], said[name].dice[rows], said[name].counts[rows]
         else:
             losses[rows] = torch.stack([a.losses[rows] for a in said.values()]).mean(0)
             dice[rows] = torch.stack([a.dice[rows] for a in said.values()]).mean(0)
-    return Answer(losses, dice)
+    return Answer(losses, dice, counts)
 
 
-def served(job: Job, ctx: Context, split: str) -> tuple[dict[int, Answer], Choice, Tensor | None]:
+def of_cases(counts: Tensor, cases: Sequence[str]) -> dict[str, list[float]]:
+    """Dice of every case (volume or subject) and structure over all its samples; nan where no truth, or no single model, is in it."""
+    total: dict[str, Tensor] = {}
+    for row, case in zip(counts, cases, strict=True):
+        total[case] = total[case] + row if case in total else row
+    return {c: torch.where(n[:, 2] > 0, 2 * n[:, 0] / (n[:, 1] + n[:, 2]), math.nan).tolist() for c, n in total.items()}
+
+
+def served(job: Job, ctx: Context, split: str, *, ensemble: bool = False) -> tuple[dict[int, Answer], Choice, Tensor | None]:
     """Answers of all models, who is chosen, and the selector's probabilities."""
-    said, owner = answers(job, ctx, split), owner_of_samples(job, split)
+    said, owner = answers(job, ctx, split, ensemble=ensemble), owner_of_samples(job, split)
     committee = job.method.committee(job.server)
     if committee is not None:
         found = probabilities(job, ctx, split, committee)
@@ -243,9 +270,11 @@ def by_site(job: Job, answer: Answer, choice: Choice, found: Tensor | None) -> d
 
 def finish(job: Job, ctx: Context, record: Record) -> dict[str, float]:
     """Measurements of the end: other rules and thresholds on the same models, cross-test, Hausdorff distance, tables, pictures."""
-    said, choice, found = served(job, ctx, "test")
+    said, choice, found = served(job, ctx, "test", ensemble=True)
     committee, owner, main = job.method.committee(job.server), owner_of_samples(job, "test"), rows_of(job, job.eval.sites)
     values: dict[str, float] = {}
+    if committee is not None:
+        values["test_dice_with_ensemble"] = mean_of(spoken(said, choose(committee, owner, found, "ensemble")).dice, main)
     if committee is not None and found is not None:
         for rule, label in (("shared", "global"), ("oracle", "oracle")):
             values[f"test_dice_with_{label}"] = mean_of(spoken(said, choose(committee, owner, found, rule)).dice, main)

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 TRUTH, PREDICTION = "#f0e442", "#00b4ff"
 
 
-def flat(image: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
-    """Of a volume the axial slice in which the first mask is largest; images as they are."""
-    if image.ndim == 2:
-        return image, *masks
-    depth = int(masks[0].flatten(1).sum(1).argmax())
-    return image[depth], *(m[depth] for m in masks)
+def flat(image: Tensor, truth: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Image (C, H, W) and masks (S, H, W): of volumes the axial slice with most truth, the same one for every structure."""
+    if image.ndim == 3:
+        return image, truth, found
+    depth = int(truth.sum((0, 2, 3)).argmax())
+    return image[:, depth], truth[:, depth], found[:, depth]
 
 
 def draw(job: Job, record: Record, answer: Answer, choice: Choice, masks: dict[int, Tensor]) -> None:
@@ -48,14 +48,13 @@ def draw(job: Job, record: Record, answer: Answer, choice: Choice, masks: dict[i
         FigureCanvasAgg(figure)
         axes = figure.subplots(2, len(samples), squeeze=False)
         for column, i in enumerate(samples):
-            image, truth = wanted[i]
+            image, truth, found = flat(*wanted[i], masks[i])
+            picture = image.permute(1, 2, 0).clamp(0, 1) if len(image) == 3 else image.mean(0)  # photographs in their colours
             for line in (0, 1):
                 axes[line][column].set_axis_off()
-                picture = flat(image.mean(0), truth[0])[0]
                 axes[line][column].imshow(picture.numpy(), cmap="gray", interpolation="nearest")
             for s in range(len(truth)):
-                _, wanted_mask, found = flat(image.mean(0), truth[s], masks[i][s])
-                for mask, colour, style in ((wanted_mask, TRUTH, "solid"), (found, PREDICTION, "dashed")):
+                for mask, colour, style in ((truth[s], TRUTH, "solid"), (found[s], PREDICTION, "dashed")):
                     if bool(torch.any(mask > 0)) and not bool(torch.all(mask > 0)):
                         axes[1][column].contour(mask.float().numpy(), levels=[0.5], colors=colour, linestyles=style, linewidths=1.6)
             dice = float(answer.dice[i].nanmean())

@@ -37,7 +37,8 @@ def write(job: Job, ctx: Context, record: Record, said: dict[int, Answer], choic
             row["dice"], row["hd95"] = known(float(answer.dice[i, s])), known(distances.get(i, [math.nan] * (s + 1))[s])
             row["model"] = name_of(job, int(choice.route[i]))
             rows.append(row)
-    summary = {"unit_of_hd95": "pixels", "synthetic": bool(task.synthetic), "sites": site_summary(rows), "cases": case_summary(rows)}
+    by_case = case_summary(rows, site_eval.of_cases(answer.counts, cases), task.structures)
+    summary = {"unit_of_hd95": "pixels", "synthetic": bool(task.synthetic), "sites": site_summary(rows, by_case), "cases": by_case}
     if found is not None:
         summary["selector"] = confusion(job, choice)
     if len(said) > 1:
@@ -47,18 +48,25 @@ def write(job: Job, ctx: Context, record: Record, said: dict[int, Answer], choic
         }
     main = [r for r in rows if job.eval.sites == "all" or bool(r["seen"]) == (job.eval.sites == "seen")]
     far = _numbers(main, "hd95")
+    whole = _numbers([r for r in by_case if r["site"] in {m["site"] for m in main}], "whole")
     if ctx.is_main:
-        with record.artefact("dice.csv").open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
+        _csv(record, "dice.csv", rows)
+        _csv(record, "cases.csv", [{k: v for k, v in r.items() if k != "dice"} | r["dice"] for r in by_case])
         write_json(record.artefact("dice.json"), summary)
         record.artefact("dice.md").write_text(markdown(summary), encoding="utf-8")
         if masks:
             from xutrain.loops import site_pictures
 
             site_pictures.draw(job, record, answer, choice, masks)
-    return {"test_hd95": statistics.fmean(far)} if far else {}
+    means = {"test_hd95": far, "test_dice_cases": whole}
+    return {name: statistics.fmean(values) for name, values in means.items() if values}
+
+
+def _csv(record: Record, name: str, rows: list[dict[str, Any]]) -> None:
+    with record.artefact(name).open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
 
 
 def known(value: float) -> float | None:
@@ -159,25 +167,33 @@ def _numbers(rows: list[dict[str, Cell]], column: str) -> list[float]:
     return [value for row in rows if isinstance(value := row[column], float)]
 
 
-def site_summary(rows: list[dict[str, Cell]]) -> list[dict[str, Any]]:
-    """One row a site and structure, Dice and surface distance with median and quartiles."""
+def site_summary(rows: list[dict[str, Cell]], by_case: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a site and structure: Dice of samples and of whole cases, surface distance, with median and quartiles."""
     keys = list(dict.fromkeys((r["site"], r["structure"], r["seen"]) for r in rows))
     found = []
     for site, structure, seen in keys:
         mine = [r for r in rows if r["site"] == site and r["structure"] == structure]
         missed = sum(1 for r in mine if r["dice"] is not None and r["hd95"] is None)
+        whole = _numbers([r for r in by_case if r["site"] == site and r["structure"] == structure], "whole")
         found.append({"site": site, "structure": structure, "seen": bool(seen), "dice": quartiles(_numbers(mine, "dice")),
+                      "whole_cases": quartiles(whole),
                       "hd95": quartiles(_numbers(mine, "hd95")), "without_distance": missed})  # fmt: skip
     return found
 
 
-def case_summary(rows: list[dict[str, Cell]]) -> list[dict[str, Any]]:
-    """One row a case (volume or subject) and structure, over its samples."""
+def case_summary(rows: list[dict[str, Cell]], whole: dict[str, list[float]], structures: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One row a case (volume or subject) and structure: ``whole`` is Dice over the pixels of all its samples, ``dice`` that of each."""
     grouped: dict[tuple[Cell, Cell, Cell], list[dict[str, Cell]]] = {}
     for row in rows:
         grouped.setdefault((row["site"], row["case"], row["structure"]), []).append(row)
     return [
-        {"site": site, "case": case, "structure": structure, "dice": quartiles(_numbers(mine, "dice"))}
+        {
+            "site": site,
+            "case": case,
+            "structure": structure,
+            "whole": known(whole[str(case)][structures.index(str(structure))]),
+            "dice": quartiles(_numbers(mine, "dice")),
+        }
         for (site, case, structure), mine in grouped.items()
     ]
 
@@ -186,6 +202,9 @@ def confusion(job: Job, choice: Choice) -> list[dict[str, Any]]:
     """One row a site: how many of its samples the selector gives to each client, and how many are sent to which model."""
     assert choice.likely is not None and choice.sure is not None
     task: Any = job.task
+    committee = job.method.committee(job.server)
+    assert committee is not None
+    limits = committee.gamma if isinstance(committee.gamma, tuple) else (committee.gamma,) * len(job.parts)
     sites, clients = task.split_sites("test"), range(len(job.parts))
     found = []
     for site in sites.unique().tolist():
@@ -196,6 +215,7 @@ def confusion(job: Job, choice: Choice) -> list[dict[str, Any]]:
                 "seen": site not in task.unseen_sites,
                 "likely": {name_of(job, k): int((choice.likely[rows] == k).sum()) for k in clients},
                 "sent": {name_of(job, k): int((choice.route[rows] == k).sum()) for k in (site_eval.SHARED, *clients)},
+                "followed_above": {name_of(job, k): value for k, value in enumerate(limits)},
                 "largest_probability": {f"q{round(100 * q)}": float(choice.sure[rows].quantile(q)) for q in site_eval.QUANTILES},
             }
         )
@@ -207,12 +227,13 @@ def markdown(summary: dict[str, Any]) -> str:
     lines = ["# Segmentation of the test cases", ""]
     if summary["synthetic"]:
         lines += ["**Synthetic data: generated images, no patients.**", ""]
-    head = ["site", "trained on", "structure", "samples", "Dice mean", "q1", "median", "q3", "HD95 mean (px)", "HD95 median", "no distance"]
+    head = ["site", "trained on", "structure", "samples", "Dice mean", "q1", "median", "q3", "cases", "Dice of whole cases", "median"]
+    head += ["HD95 mean (px)", "HD95 median", "no distance"]
     lines += [_row(head), "|" + "---|" * len(head)]
     for r in summary["sites"]:
-        d, h = r["dice"], r["hd95"]
+        d, w, h = r["dice"], r["whole_cases"], r["hd95"]
         cells = [r["site"], "yes" if r["seen"] else "no", r["structure"], d["count"], *(d[c] for c in ("mean", "q1", "median", "q3"))]
-        lines.append(_row([*cells, h["mean"], h["median"], r["without_distance"]]))
+        lines.append(_row([*cells, w["count"], w["mean"], w["median"], h["mean"], h["median"], r["without_distance"]]))
     if "selector" in summary:
         names = list(summary["selector"][0]["likely"])
         sent = list(summary["selector"][0]["sent"])
@@ -222,6 +243,8 @@ def markdown(summary: dict[str, Any]) -> str:
             q = r["largest_probability"]
             cells = [r["site"], "yes" if r["seen"] else "no", *r["likely"].values(), *r["sent"].values(), q["q10"], q["q50"], q["q90"]]
             lines.append(_row(cells))
+        limits = ", ".join(f"{name} {value:.3f}" for name, value in summary["selector"][0]["followed_above"].items())
+        lines += ["", f"The selector is followed above: {limits}."]
     if "models" in summary:
         sites = list(next(iter(summary["models"].values())))
         lines += ["", "## Dice of every model on every site", "", _row(["model", *sites]), "|" + "---|" * (len(sites) + 1)]

@@ -54,6 +54,28 @@ from xutrain.registry import Named
 
 #: A server's or a client's state: tensors, scalars, strings, and dicts or lists of them.
 State = dict[str, Any]
+#: number of a plan: the server has thrown away the rounds from this one on, so the client goes back to before them
+UNDO = "undo"
+#: knob of a plan: the training that it belongs to began with this round; a client forgets what it kept of an earlier one
+SINCE = "since"
+
+
+def clone(value: Any) -> Any:
+    """A deep copy of a state."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: clone(v) for k, v in value.items()}
+    return [clone(v) for v in value] if isinstance(value, list) else value
+
+
+def finite(value: Any) -> bool:
+    """Whether every floating-point number of a state is finite."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    if isinstance(value, dict):
+        return all(finite(v) for v in value.values())
+    return all(finite(v) for v in value) if isinstance(value, list) else True
 
 
 @dataclass(frozen=True)
@@ -112,14 +134,15 @@ class Committee:
         rule: "super" (the selector's choice where it is sure, else the shared one), "oracle" (the true client's, else the
             shared one), "ensemble" (mean of all clients' probabilities), "shared" or "own".
         selector: flat vector of the network "selector".
-        gamma: the selector is followed where its largest probability is above gamma (strict).
+        gamma: the selector is followed where its largest probability is above gamma (strict); a tuple has one for each client, that
+            of the most probable client counts.
     """
 
     shared: Tensor | None
     own: tuple[Tensor, ...]
     rule: str = "super"
     selector: Tensor | None = None
-    gamma: float = 0.9
+    gamma: float | tuple[float, ...] = 0.9
 
 
 @dataclass(frozen=True)
@@ -176,6 +199,11 @@ class Plan:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     round_lr: float | None = None
+
+    @property
+    def common_lr(self) -> float:
+        """The learning rate with which the server multiplies."""
+        return self.lr if self.round_lr is None else self.round_lr
 
     def copy(self) -> Plan:
         """A plan that shares nothing with this one, as a message that crossed a wire would."""
@@ -244,6 +272,15 @@ class Networked(Protocol):
 
 
 @runtime_checkable
+class Confident(Protocol):
+    """A problem of telling clients apart."""
+
+    def confidence(self, point: Tensor, split: str = "val") -> Tensor:
+        """Probability that ``point`` gives to this client for each of its own samples, shape (n,)."""
+        ...
+
+
+@runtime_checkable
 class Teachable(Protocol):
     """A problem whose loss may have a teacher."""
 
@@ -261,7 +298,7 @@ class FederatedMethod:
         pooled: one client holds the union of all data (the central reference).
         silent: clients and server do not talk; nothing is counted.
         own_steps: clients may do different numbers of local steps.
-        tolerant: replies that are not finite are passed to ``merge`` instead of ending the run.
+        tolerant: replies that are not finite are passed to ``merge`` instead of ending the run; rounds may be thrown away (`UNDO`).
         validates: clients need held-out samples of their own.
         adaptive: the local steps may be Adam's (``train.optimizer: adam``).
         plain: what is sent is not encoded (whole models and moments, which no codec of gradients fits).

@@ -10,7 +10,8 @@ and the server, with a_k = P_k / sum P_j (so that a_k is the share of minibatche
   5. pulls the w_k (``softpull.py``), without data-size weights
   6. keeps the best w_g and phi by the mean score weighted by P_k, and each client's best w_k (rounds from 1 on).
 Inference on x: p = softmax(phi(x)), k* = argmax p; w_{k*} where p_{k*} > gamma (strict), else w_g. gamma 1 is always w_g, gamma 0
-always w_{k*}. Volumes: p is the mean over the axial slices.
+always w_{k*}. Volumes: p is the mean over the axial slices. ``gamma_quantile`` (ours) gives every client a gamma of its own, from what phi
+says of its validation samples: one more number with the scores of step 1, and that of k* counts.
 
 ``selector_optimizer``: averaged_moments is the paper's; none leaves every client its own moments (each sees one label, so the
 selector hardly learns); server_adam (ours) sends the gradient only and runs Adam at the server: exactly centralised training
@@ -29,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from xutrain.methods.federate.base import Committee, Network, Networked, Plan, Problem, Reply, Round, State, Traffic
+from xutrain.methods.federate.base import Committee, Confident, Network, Networked, Plan, Problem, Reply, Round, State, Traffic
 from xutrain.methods.federate.local_steps import adam, descend, memory_of
 from xutrain.methods.federate.softpull import Pulling, PullOptions
 from xutrain.registry import method
@@ -46,6 +47,9 @@ class FedSM(Pulling):
         name: Literal["fedsm"] = "fedsm"
         gamma: float = Field(
             0.9, ge=0, le=1, description="The selector is followed above this probability (strict); 1: always the global model."
+        )
+        gamma_quantile: float | None = Field(
+            None, ge=0, le=1, description="Ours: a client's own gamma, this quantile of p_k on its validation samples; null: gamma for all."
         )
         selector: Literal["vgg11", "small"] = Field("vgg11", description="vgg11: the paper's, 129 M numbers; small: 0.1 M (ours).")
         selector_optimizer: Literal["averaged_moments", "none", "server_adam"] = Field(
@@ -80,6 +84,8 @@ class FedSM(Pulling):
 
     def notes(self) -> list[str]:
         remarks = super().notes() if self.options.mode == "joint" else []
+        if self.options.gamma_quantile is not None and not self._asks(1):
+            remarks.append("gamma_quantile has no effect where nothing is scored (select=false, mode=extra): gamma counts")
         if self.options.mode == "extra" and self.phase(0) != "average":
             remarks.append(
                 f"mode extra has no round of averaging: {self.federation.rounds} rounds, {self.options.selector_rounds} of the selector"
@@ -130,30 +136,42 @@ class FedSM(Pulling):
         if self.options.selector_optimizer == "server_adam":
             reply.tensors["selector"] = own.full_gradient(phi)
             return
-        memory: State = state.setdefault("selector", {})
+        averaged = self.options.selector_optimizer == "averaged_moments"
+        memory: State = {} if averaged else state.setdefault("selector", {})
         if "moments" in plan.tensors:
             first, second = plan.tensors["moments"].chunk(2)
-            memory.update(first=first.clone(), second=second.clone(), count=memory.get("count", plan.round * self.options.selector_epochs))
+            taken = (plan.round - self._first_selector_round()) * self.options.selector_epochs  # as old as the moments, wherever I was
+            memory.update(first=first.clone(), second=second.clone(), count=taken)
         y, lr = phi.clone(), self.value(plan, "selector_lr")
         for _ in range(self.options.selector_epochs):
             y.add_(adam(own.full_gradient(y).mul_(max(plan.steps, 1)), memory), alpha=-lr)
         reply.tensors["selector"] = y.sub_(phi)
-        if self.options.selector_optimizer == "averaged_moments":
+        if averaged:
             reply.tensors["moments"] = torch.cat([memory["first"], memory["second"]])
-            state["selector"] = {"count": memory["count"]}  # the moments come back with the next plan
+
+    def _first_selector_round(self) -> int:
+        return 0 if self.options.mode == "joint" else max(0, self.federation.rounds - self.options.selector_rounds)
 
     def _votes(self, plan: Plan, problem: Problem) -> dict[str, float]:
         """Step 1. A client without validation samples votes with weight 0."""
         if not self._asks(plan.round):
             return {}
-        scores = dict.fromkeys(VOTES, 0.0)
+        scores = dict.fromkeys(self._answers(), 0.0)
         found = _score(problem.evaluate(plan.tensors["model"]))
         if found is not None:
             assert isinstance(problem, Networked)
             scores.update(votes=float(plan.steps), score_model=found)
             scores["score_personal"] = _score(problem.evaluate(plan.tensors["personal"])) or 0.0
-            scores["score_selector"] = _score(problem.of("selector").evaluate(plan.tensors["selector"])) or 0.0
+            selector = problem.of("selector")
+            scores["score_selector"] = _score(selector.evaluate(plan.tensors["selector"])) or 0.0
+            if self.options.gamma_quantile is not None:
+                assert isinstance(selector, Confident)
+                scores["gamma"] = float(selector.confidence(plan.tensors["selector"]).quantile(self.options.gamma_quantile))
         return scores
+
+    def _answers(self) -> tuple[str, ...]:
+        """The numbers that a client sends with its scores."""
+        return VOTES if self.options.gamma_quantile is None else (*VOTES, "gamma")
 
     def _asks(self, index: int) -> bool:
         return bool(self.options.select) and self.options.mode == "joint" and index > 0
@@ -194,6 +212,8 @@ class FedSM(Pulling):
             score = sum(v["votes"] * v[f"score_{name}"] for v in votes.values()) / weight
             if score > best.get(f"score_{name}", -1.0):
                 best[name], best[f"score_{name}"] = server[name].clone(), score
+                if name == "selector" and self.options.gamma_quantile is not None:
+                    best["gammas"] = {str(client): v["gamma"] for client, v in votes.items() if v["votes"]}
         held = best.setdefault("personal", {})
         for client, v in votes.items():
             if v["votes"] and v["score_personal"] > held.get(f"score_{client}", -1.0):
@@ -204,7 +224,10 @@ class FedSM(Pulling):
         held = best.get("personal", {})
         own = tuple(held.get(str(k), model) for k, model in enumerate(server["personal"]))
         shared, phi = best.get("model", server["model"]), best.get("selector", server["selector"])
-        return Committee(shared, own, self.options.inference, phi, self.options.gamma)
+        gamma: float | tuple[float, ...] = self.options.gamma
+        if "gammas" in best:
+            gamma = tuple(best["gammas"].get(str(k), self.options.gamma) for k in range(len(own)))
+        return Committee(shared, own, self.options.inference, phi, gamma)
 
     def served(self, server: State, state: State) -> Tensor:
         model: Tensor = server["best"].get("model", server["model"])
@@ -219,11 +242,10 @@ class FedSM(Pulling):
             traffic.down["selector"] = traffic.up["selector"] = phi
             if kind == "averaged_moments":
                 traffic.up["moments"] = 2 * phi
-                first = 0 if phase == "together" else self.federation.rounds - self.options.selector_rounds
-                if round.index > max(first, 0):
+                if round.index > self._first_selector_round():
                     traffic.down["moments"] = 2 * phi
         if self._asks(round.index):
-            traffic.answers.update(dict.fromkeys(VOTES, 1))
+            traffic.answers.update(dict.fromkeys(self._answers(), 1))
         return traffic
 
 

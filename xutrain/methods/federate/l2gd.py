@@ -15,12 +15,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from xutrain.engine.rng import Key
 from xutrain.errors import Issue, RecipeError
-from xutrain.methods.federate.base import FederatedMethod, Plan, Problem, Reply, Round, State, Traffic, weighted_mean
+from xutrain.methods.federate.base import FederatedMethod, Plan, Problem, Reply, Round, State, Traffic
 from xutrain.methods.federate.local_steps import descend, memory_of
 from xutrain.registry import Named, method
 
@@ -87,7 +88,11 @@ class L2GD(FederatedMethod):
         return plan
 
     def merge(self, server: State, round: Round, replies: Iterable[Reply], exchange: int = 0) -> None:
-        server["model"] = weighted_mean(replies, "model")["model"]
+        """The mean of the objective counts every client once, whatever ``clients.weights`` says."""
+        total = torch.zeros_like(server["model"])
+        for reply in replies:
+            total.add_(reply.tensors["model"])
+        server["model"] = total.div_(len(round.clients))
 
     def served(self, server: State, state: State) -> Tensor:
         return self.pulled({**state, "pull": server["pull"]}, server["model"])
