@@ -312,3 +312,40 @@ def test_expectation_over_masks_is_iterate_averaging() -> None:
         x.scatter_(1, at, y.expand(masks, n).gather(1, at))
     assert float((x.mean(0) - average).abs().max()) < 0.002
     assert float((x.std(0)).max()) > 0.02
+
+
+@pytest.mark.parametrize("codec", ["random_block", "top_k"])
+def test_one_worker_steps_ahead_along_adagrad(codec: str) -> None:
+    """K = 1: y of SAEF follows the local optimizer exactly, whatever is sent."""
+    problem = Problem(1)
+    method = make(
+        "saef",
+        codec,
+        problem=problem,
+        workers=1,
+        local_optimizer="adagrad",
+        optimizer={"momentum": 0.0, "weight_decay": 1e-2},
+        codec_ratio=4.0,
+    )
+    x = torch.nn.Parameter(problem.theta.clone())
+    reference = torch.optim.Adagrad([x], lr=0.05, weight_decay=1e-2, eps=1e-10)
+    for step in range(15):
+        drive(method, problem, 1, first=step)
+        x.grad = problem.grad(0, step, x.detach())
+        reference.step()
+        close(method.virtual(), x.detach(), 1e-6 if codec == "top_k" else TOLERANCE)  # top-k sends float32
+
+
+def test_dropped_residuals() -> None:
+    """Just before every third gradient nothing is held back; y jumps to x, and only there."""
+    problem = Problem(K)
+    method = make("saef", "random_block", problem=problem, workers=K, reset_every=3, codec_ratio=4.0)
+    for step in range(12):
+        before = method.virtual()
+        drive(method, problem, 1, first=step)
+        held = float(method.virtual().sub(method.x).abs().max())
+        if (step + 2) % 3 == 0:  # the next gradient is the third, sixth, ...
+            assert held == 0 and all(torch.equal(method.point(w), method.x) for w in range(K))
+        else:
+            assert held > 0
+            close(method.virtual(), before - 0.05 * mean(method.velocity))

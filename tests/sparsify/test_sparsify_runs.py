@@ -39,6 +39,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ({"name": "cser", "reset_every": 3, "step_codec": {"name": "random_block", "ratio": 32}}, {"name": "random_block", "ratio": 8}, {}),
     ({"name": "dist_ef_sgd"}, {"name": "scaled_sign", "scope": "tensor"}, {}),
     ({"name": "sgd_ia", "ratio": 8}, {"name": "fp"}, {}),
+    ({"name": "saef", "reset_every": 3, "average_every": 2}, {"name": "top_k", "ratio": 10}, {}),
 ]
 IDS = ["-".join([str(v) for part in case for v in part.values()]).replace("/", "") for case in CASES]
 
@@ -160,6 +161,9 @@ def test_another_number_of_workers_keeps_the_virtual_point(case: Any, tmp_path: 
         ({"name": "ef"}, {"name": "random_k", "ratio": 8, "rescale": True}, {}, "codec", "grow"),
         ({"name": "ef"}, {"name": "orq"}, {"mode": "alltoall"}, "exchange.mode", "second time"),
         ({"name": "powersgd"}, BLOCK, {}, "codec.name", "low_rank"),
+        ({"name": "saef", "local_optimizer": "adagrad"}, BLOCK, {}, "optimizer.momentum", "momentum=0"),
+        ({"name": "dist_ef_sgd", "local_optimizer": "adagrad"}, BLOCK, {}, "method.local_optimizer", "sgd"),
+        ({"name": "saef", "recalibrate_bn": -1}, BLOCK, {}, "method.recalibrate_bn", "0"),
     ],
 )  # fmt: skip
 def test_bad_input(method: dict[str, Any], codec: dict[str, Any], exchange: dict[str, Any], where: str, says: str) -> None:
@@ -205,3 +209,40 @@ def test_nan_gradient_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: py
     assert all(bool(torch.isfinite(v).all()) for v in saved.model().values())
     monkeypatch.undo()
     train(chosen, str(tmp_path))
+
+
+def test_adagrad_stopped_and_resumed_on_two_processes(forked: Callable[..., list[Any]], tmp_path: Path) -> None:
+    chosen = recipe({"name": "def", "local_optimizer": "adagrad"}, BLOCK, optimizer={"lr": 0.05, "momentum": 0.0, "weight_decay": 5e-4})
+    whole = train(chosen, str(tmp_path / "whole"))
+    stop_at(3, chosen, tmp_path / "parts")
+    (tmp_path / "parts" / "STOP").unlink(missing_ok=True)
+    for other in forked(train, 2, chosen, str(tmp_path / "parts")):
+        assert other[0] == whole[0] and torch.equal(other[3], whole[3])
+
+
+def test_recalibrated_batch_norm(forked: Callable[..., list[Any]], tmp_path: Path) -> None:
+    """Statistics of the saved model are the plain means over the first batches at the saved weights; training sees none of it."""
+    small = {"model": {"name": "resnet_cifar", "depth": 8, "width": 4}, "train": {"steps": 2, "batch_size": 4}}
+    plain, wanted = (recipe({"name": "saef", "recalibrate_bn": n}, BLOCK, **small) for n in (0, 6))
+    before, after = train(plain, str(tmp_path / "plain")), train(wanted, str(tmp_path / "wanted"))
+    assert forked(train, 2, wanted, str(tmp_path / "two"))[1][0] == after[0] != before[0]
+    states = []
+    for chosen, folder in ((plain, "plain"), (wanted, "wanted")):
+        saved = Checkpoints(tmp_path / folder, chosen.checkpoint, Context()).latest()
+        assert saved is not None
+        states.append(saved.model())
+    learnt = [n for n in states[0] if "running" not in n and "num_batches" not in n]
+    assert all(torch.equal(states[0][n], states[1][n]) for n in learnt)
+    assert before[1] == after[1]
+    job = data_parallel.build(wanted, Context())
+    module = job.replica.module
+    module.load_state_dict(states[1])
+    seen: list[torch.Tensor] = []
+    first, norm = next((n, m) for n, m in module.named_modules() if isinstance(m, torch.nn.BatchNorm2d))
+    norm.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+    module.eval()
+    with torch.no_grad():
+        for i in range(6):
+            module(job.task.draw(i // 4, i % 4, 4, 4, wanted.seed).inputs)
+    assert torch.allclose(states[1][f"{first}.running_mean"], torch.stack([v.mean((0, 2, 3)) for v in seen]).mean(0), atol=1e-5)
+    assert torch.allclose(states[1][f"{first}.running_var"], torch.stack([v.var((0, 2, 3)) for v in seen]).mean(0), rtol=1e-4)

@@ -92,7 +92,7 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
 
     for step in range(first, job.steps):
         if stop.requested(step):
-            _save(checkpoints, job, ctx, step)
+            _save(recipe, checkpoints, job, ctx, step)
             raise Stopped(Issue(str(record.folder), f"stopped after step {step} of {job.steps}", has_value=False))
         lr = recipe.optimizer.lr * factor(recipe.schedule, step, job.steps, job.steps_per_epoch)
         losses, grads = [], []
@@ -113,12 +113,12 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
         if every and done % every == 0 and done < job.steps:
             record.log(done, _measure(recipe, job, ctx, job.task.watched), **_place(recipe, job, done))
         if checkpoints.due(done) and done < job.steps:
-            _save(checkpoints, job, ctx, done)
+            _save(recipe, checkpoints, job, ctx, done)
 
     metrics = _measure(recipe, job, ctx, job.task.measured)
     if first < job.steps or saved is None:
         record.log(job.steps, metrics, **_place(recipe, job, job.steps))
-        _save(checkpoints, job, ctx, job.steps)
+        _save(recipe, checkpoints, job, ctx, job.steps)
     return {**metrics, **_cost(job, ctx)}
 
 
@@ -229,10 +229,35 @@ def _measure(recipe: Any, job: Job, ctx: Context, splits: tuple[str, ...]) -> di
     job.replica.load_buffers(job.workers.mean(job.buffers))
     for i, (name, theta) in enumerate(job.method.deploy().items()):
         job.replica.point(theta)
+        _recalibrate(recipe, job, ctx)
         for split in splits:
             scores = evaluate(job.replica.module, job.task, split, ctx, recipe.eval.batch_size)
             values.update({metric + (f"_{name}" if i else ""): value for metric, value in job.task.named_scores(split, scores).items()})
     return values
+
+
+def _recalibrate(recipe: Any, job: Job, ctx: Context) -> None:
+    """Batch-norm statistics at the module's present parameters: the mean over the run's first batches, where a method asks for it.
+
+    They were gathered where gradients are taken, which is not where the model is measured. All processes see the same batches.
+    """
+    count = getattr(recipe.method, "recalibrate_bn", 0)
+    norms = [m for m in job.replica.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not count or not norms:
+        return
+    job.replica.module.eval()  # dropout stays off
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean
+        norm.train()
+    with torch.no_grad():
+        for i in range(count):
+            step, worker = divmod(i, job.workers.count)
+            job.replica.module(job.task.draw(step, worker, job.workers.count, recipe.train.batch_size, recipe.seed).to(ctx.device).inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    job.replica.module.train()
 
 
 def _cost(job: Job, ctx: Context) -> dict[str, float]:
@@ -241,10 +266,12 @@ def _cost(job: Job, ctx: Context) -> dict[str, float]:
     return {"bits_per_element": bits, **({"compression_ratio": 32 / bits} if bits else {})}
 
 
-def _save(checkpoints: Checkpoints, job: Job, ctx: Context, step: int) -> None:
+def _save(recipe: Any, checkpoints: Checkpoints, job: Job, ctx: Context, step: int) -> None:
     shared, workers = job.method.state()
     model = next(iter(job.method.deploy().values()))
     job.replica.load_buffers(job.workers.mean(job.buffers), passes=step * job.accumulate)
+    job.replica.point(model)
+    _recalibrate(recipe, job, ctx)
     states = {w: {**workers.get(w, {}), "buffers": b} for w, b in zip(job.workers.hosted, job.buffers, strict=True)}
     checkpoints.save(
         step,

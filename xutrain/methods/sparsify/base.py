@@ -7,7 +7,8 @@
     g = gradient at p^k + wd p^k;   m^k <- mu m^k + g;   e^k <- e^k + lr m^k        (p^k <- p^k - lr m^k between exchanges)
     at an exchange: c = mean_k C(e^k);   e^k <- e^k - C(e^k);   x <- x - c;   p^k <- x - lambda e^k
 
-So y moves by -lr mean_k m^k whatever is sent. lambda 0 is EF, 1 is SAEF, between them DEF.
+So y moves by -lr mean_k m^k whatever is sent. lambda 0 is EF, 1 is SAEF, between them DEF. ``local_optimizer: adagrad`` puts
+g / sqrt(sum g^2) in the place of m^k; m^k then stands for the sum of squares.
 """
 
 from __future__ import annotations
@@ -22,26 +23,10 @@ from torch import Tensor
 from xutrain.errors import Issue
 from xutrain.methods.base import DataParallel, Setup
 from xutrain.methods.codecs.base import Codec
+from xutrain.methods.sparsify.soundness import no_feedback_over_shards, not_contractive
 from xutrain.registry import Named
 
-
-def no_feedback_over_shards(recipe: Any, codec: Codec) -> list[Issue]:
-    """What no error feedback survives: a second quantization that is not fed back, and a codec that makes errors grow."""
-    found = []
-    if recipe.exchange.mode == "alltoall":
-        what = "alltoall quantizes a second time, and error feedback would not see that error"
-        found.append(Issue("exchange.mode", what, "alltoall", "set exchange.mode=allgather"))
-    if codec.expands:
-        what = f"{codec.label} leaves a residual larger than the vector itself, which error feedback lets grow without bound"
-        found.append(Issue("codec", what, codec.options.name, "set codec.rescale=false, or codec.ratio=2"))
-    return found
-
-
-def not_contractive(codec: Codec) -> list[str]:
-    """A warning where the codec's residual is not proven to shrink."""
-    if codec.contractive or codec.expands:
-        return []
-    return [f"codec {codec.label} is not contractive for every vector: its residual may grow under error feedback"]
+_EPS = 1e-10  # of Adagrad, as in torch.optim
 
 
 class FeedbackOptions(Named):
@@ -52,6 +37,9 @@ class FeedbackOptions(Named):
     server_residual: bool = Field(True, description="two_way: the server keeps what its answer leaves out and adds it to the next one.")
     average_every: int = Field(0, ge=0, description="Every so many exchanges each worker's residual becomes the workers' mean; 0: never.")
     average_momentum: bool = Field(False, description="Average the momenta together with the residuals.")
+    reset_every: int = Field(0, ge=0, description="Every so many exchanges the residuals are dropped (an ablation); 0: never.")
+    local_optimizer: Literal["sgd", "adagrad"] = Field("sgd", description="A worker's own update: heavy ball, or g / sqrt(sum of g^2).")
+    recalibrate_bn: int = Field(0, ge=0, le=10**6, description="Batches that give batch norm new statistics before measuring; 0: none.")
     init: Literal["model", "zero"] = Field(
         "model",
         description="zero: the common model starts at 0, so that the first message holds the weights (an artefact of the SAEF code)",
@@ -90,6 +78,9 @@ class Feedback(DataParallel):
         elif o.two_way and not o.server_residual and codec.biased:
             what = f"two_way with the biased codec {codec.label} loses what the server leaves out, and diverges from y"
             found.append(Issue("method.server_residual", what, False, "allowed: method.server_residual=true, or an unbiased codec"))
+        if o.local_optimizer == "adagrad" and recipe.optimizer.momentum:
+            hint = "set optimizer.momentum=0"
+            found.append(Issue("optimizer.momentum", "adagrad as the local optimizer has none", recipe.optimizer.momentum, hint))
         return found
 
     def notes(self) -> list[str]:
@@ -119,10 +110,13 @@ class Feedback(DataParallel):
             self.exchange(step // self.options.period)
 
     def update(self, slot: int, grad: Tensor) -> Tensor:
-        """Local heavy ball (Nesterov if the optimizer says so) on the gradient with weight decay at p."""
+        """u^k: local heavy ball (Nesterov if the optimizer says so), or Adagrad, on the gradient with weight decay at p."""
         o = self.setup.optimizer
         if o.weight_decay:
             grad.add_(self.work[slot], alpha=o.weight_decay)
+        if self.options.local_optimizer == "adagrad":
+            self.velocity[slot].addcmul_(grad, grad)
+            return grad.div_(self.velocity[slot].sqrt().add_(_EPS))
         self.velocity[slot].mul_(o.momentum).add_(grad)
         return grad.add_(self.velocity[slot], alpha=o.momentum) if o.nesterov else self.velocity[slot]
 
@@ -135,6 +129,9 @@ class Feedback(DataParallel):
             self.error = self.spread(exchange.average(self.error, "averaging"))
             if o.average_momentum:
                 self.velocity = self.spread(exchange.average(self.velocity, "averaging"))
+        if o.reset_every and (number + 2) % o.reset_every == 0:
+            for error in self.error:
+                error.zero_()
         self.place()
 
     def send(self, key: Any) -> Tensor:

@@ -22,7 +22,7 @@ from xutrain.errors import Issue
 from xutrain.methods.base import DataParallel, Setup
 from xutrain.methods.codecs.base import Codec
 from xutrain.methods.exchange import Exchange
-from xutrain.methods.sparsify.base import no_feedback_over_shards, not_contractive
+from xutrain.methods.sparsify.soundness import no_feedback_over_shards, not_contractive
 from xutrain.recipe.schema import Choice
 from xutrain.registry import Named, method
 

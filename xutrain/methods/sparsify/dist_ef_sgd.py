@@ -26,6 +26,7 @@ class DistEFSGD(Feedback):
         name: str = "dist_ef_sgd"
         two_way: bool = Field(True, description="The server compresses its answer with the same codec.")
         average_every: Literal[0] = Field(0, description="Not part of this method.")
+        local_optimizer: Literal["sgd"] = Field("sgd", description="Nesterov's look-ahead is this method's own.")
 
     def update(self, slot: int, grad: Tensor) -> Tensor:
         o = self.setup.optimizer
