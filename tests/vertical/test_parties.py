@@ -45,7 +45,7 @@ def job(folder: Path, **changes: Any) -> Any:
         "method": {"name": "vfb2", "estimator": "svrg"},
         "labels": ["mean"],
         "train": {"epochs": 14, "batch_size": 32, "lr": 0.1, "weight_decay": 0.01},
-        "eval": {"every_epochs": 5.0},
+        "eval": {"every_epochs": 5.0, "alone": True},
         "network": {"timeout_s": 5.0, "patience_s": 20.0},
     }
     for key, value in changes.items():
@@ -84,9 +84,16 @@ def falls_silent(gone: list[Process], after: int) -> Any:
 
 def test_three_parties_reach_the_optimum_and_predict(tmp_path):
     recipe = job(tmp_path, train__epochs=45, train__lr=0.8, train__batch_size=64)
-    results = run_all(recipe, tmp_path)
+    said: list[str] = []
+    results: dict[str, Any] = {}
+    started = {p: start(recipe, tmp_path, p, results, said.append) for p in NAMES}
+    join(thread for _, thread in started.values())
     assert results["mean"]["objective"] == pytest.approx(BC3, abs=1e-5)
     assert results["mean"]["train_auc"] == pytest.approx(0.99670, abs=1e-3)
+    assert results["mean"]["auc_alone_mean"] == pytest.approx(0.98642, abs=1e-3)  # its own columns and an intercept
+    for p in NAMES:  # every party is told who can learn what
+        assert any(f"{p}: pairwise masks: a requester learns the sum of the other 2" in text for text in said)
+        assert any(f"{p}: each requester (mean) sees" in text and "the others hold 20 columns" in text for text in said)
     models = {p: json.loads((tmp_path / "out" / p / f"model.{p}.json").read_text()) for p in NAMES}
     lines = [json.loads(line) for line in (tmp_path / "out" / "error" / "ledger.error.jsonl").read_text().splitlines()]
     assert {line["to"] for line in lines} == {"mean"}
@@ -94,6 +101,7 @@ def test_three_parties_reach_the_optimum_and_predict(tmp_path):
     steps = 45 * (569 // 64)
     product = next(line for line in lines if line["kind"] == "product")
     assert (product["messages"], product["bytes"]) == (steps, steps * 64 * 8)
+    assert f"product to mean: {steps} messages, {steps * 64 * 8} bytes, masked" in started["error"][0].left
 
     again = recipe.model_copy(update={"network": job(tmp_path).network})
     results = {}

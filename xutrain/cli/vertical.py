@@ -93,8 +93,10 @@ def train(
     mine = load_party(recipe.data, party, _mine(recipe, party, data), rows, id_file=ids, leader=leader_of(recipe))
     if mine.note:
         _say(f"{party}: {mine.note}")
-    metrics = Process(recipe, party, mine, load(identity, party), out, _say).run()
-    _print({"party": party, "status": "done", "out": str(out), "model": str(out / f"model.{party}.json"), "metrics": metrics}, json)
+    process = Process(recipe, party, mine, load(identity, party), out, _say)
+    metrics = process.run()
+    model = str(out / f"model.{party}.json")
+    _print({"party": party, "status": "done", "out": str(out), "model": model, "left": process.left, "metrics": metrics}, json)
 
 
 @app.command()

@@ -178,16 +178,8 @@ def remarks(recipe: Any, job: Job) -> list[str]:
     said = list(data.notes)
     if data.synthetic:
         said.append(f"SYNTHETIC data in the shape of {data.name.removesuffix('-like')}: these are not results of that data set")
-    widths = {p.name: p.train.shape[1] for p in data.parties}
-    holders = [plan.names[p] for p in plan.active]
-    unknown = min((sum(widths.values()) - widths[h] for h in holders), default=0)
-    seen = max(1, plan.classes - 1) * plan.totals_per_sample
-    said += job.safe.statement(holders, plan.names, plan.backward, recipe.loss == "logistic", seen, unknown)
-    if not plan.backward and plan.collaborators and plan.q > 1:
-        said.append(
-            f"no labels and no backward updating: the blocks of {', '.join(plan.names[p] for p in plan.collaborators)} stay at zero "
-            "(method=vfb2 trains them)"
-        )
+    said += job.safe.statement(plan, recipe.loss, [p.train.shape[1] for p in data.parties])
+    said += plan.idle
     if job.safe.stream_name.startswith("Philox"):
         said.append(f"simulated masks from {job.safe.stream_name}; totals are the same to the bit")
     return said

@@ -22,10 +22,10 @@ from xutrain.data.party_file import PartyData
 from xutrain.data.tabular import PartyBlock, VerticalData
 from xutrain.errors import Diverged, Failed, Issue, RecipeError, Stopped
 from xutrain.loops.vertical_job import job_hash, network_issues
-from xutrain.methods.vertical.measure import quality
+from xutrain.methods.vertical.measure import References, quality
 from xutrain.methods.vertical.plan import Plan, longest_step, methods_of
 from xutrain.methods.vertical.seat import Seat
-from xutrain.methods.vertical.security import trees
+from xutrain.methods.vertical.security import SafeSum, trees
 from xutrain.methods.vertical.transports.identity import Identity
 from xutrain.methods.vertical.transports.link import Link
 from xutrain.methods.vertical.transports.party import PartyPort
@@ -89,6 +89,8 @@ class Process:
         try:
             self._greet_all()
             self.say(f"{self.party}: all parties are there" + (f"; goes on from step {self.steps}" if resumed else ""))
+            for text in self._statement():
+                self.say(f"{self.party}: {text}")
             if self.seat.holds_labels:
                 self._begin(resumed)
                 self._events(lambda: self.port.complete and not self.port.tells and not self.port.unsent)
@@ -96,6 +98,7 @@ class Process:
                     others = {self.plan.names[p] for p in self.plan.active} - {self.party}
                     self._events(lambda: others <= self.port.finished)
                     self._evaluate(final=True)
+                    self.scores |= self._alone()
                 for p in self.port.peers:
                     self._tell_done(p)
             self.port.finished.add(self.party)
@@ -115,6 +118,26 @@ class Process:
     def steps(self) -> int:
         """Writes to this party's block: own steps and applied signals."""
         return self.seat.taken + self.port.applied
+
+    @property
+    def left(self) -> str:
+        """What left this party, by its ledger."""
+        return self.port.ledger.summary(self.seat.party, self.plan.names)
+
+    def _statement(self) -> list[str]:
+        """Who can learn what in this run, of which every party is told."""
+        known = {p: peer.facts.get("columns") for p, peer in self.port.peers.items()} | {self.party: self.port.facts["columns"]}
+        widths = [n if isinstance(n := known[p], int) else 0 for p in self.plan.names]
+        security = self.recipe.security
+        safe = SafeSum(security.mode, self.plan.q, 0, security.trees, security.t1, security.t2)
+        return safe.statement(self.plan, self.recipe.loss, widths) + self.plan.idle
+
+    def _alone(self) -> dict[str, float]:
+        """Objective and AUC that this label holder reaches with its own columns alone: what the others are worth to it."""
+        y, y_test, looks = self.data.y, self.data.y_test, self.recipe.eval.model_copy(update={"reference": False})
+        assert y is not None and y_test is not None
+        own = VerticalData("own", [self.data.block], y, y_test, self.task)
+        return References(self.recipe.model_copy(update={"eval": looks}), own).alone
 
     @property
     def _over(self) -> bool:

@@ -37,6 +37,14 @@ class Ledger:
             if s == party and n
         ]
 
+    def summary(self, party: int, names: list[str]) -> str:
+        """What left ``party``, in one line for people."""
+        said = [
+            f"{line['kind']} to {line['to']}: {line['messages']} messages, {line['bytes']} bytes{', masked' if line['masked'] else ''}"
+            for line in self.lines(party, names)
+        ]
+        return "; ".join(said) or "nothing"
+
     def write(self, path: Path, party: int, names: list[str]) -> None:
         """One JSON line per kind and target."""
         path.write_text("".join(json.dumps(line) + "\n" for line in self.lines(party, names)), encoding="utf-8")

@@ -115,6 +115,14 @@ class Plan:
         return [p for p in range(self.q) if p not in self.active]
 
     @property
+    def idle(self) -> list[str]:
+        """A warning where parties without labels never learn."""
+        if self.backward or not self.collaborators or self.q == 1:
+            return []
+        names = ", ".join(self.names[p] for p in self.collaborators)
+        return [f"no labels and no backward updating: the blocks of {names} stay at zero (method=vfb2 trains them)"]
+
+    @property
     def total_steps(self) -> int:
         """Steps of all label holders together: the run's step counter ends here."""
         return self.steps * len(self.active)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xutrain.methods.vertical.security import fixed, trees
 from xutrain.methods.vertical.security.pairwise import Pairwise, Stream, chacha, has_cryptography, philox, simulated_key
+
+if TYPE_CHECKING:
+    from xutrain.methods.vertical.plan import Plan
 
 #: Bits of one scalar (float64, or an element of the ring) and of one row index.
 SCALAR, INDEX = 64, 32
@@ -95,10 +99,11 @@ class SafeSum:
                     found.append(Message(turn[p], requester, kind, SCALAR * scalars, True))
         return found
 
-    def statement(
-        self, label_holders: list[str], names: list[str], backward: bool, logistic: bool, totals: float, smallest_other: int
-    ) -> list[str]:
-        """Who can learn what. ``totals``: totals per sample that a requester sees; ``smallest_other``: columns that it does not hold."""
+    def statement(self, plan: Plan, loss: str, widths: list[int]) -> list[str]:
+        """Who can learn what in a run. ``widths``: columns of each party."""
+        holders = [plan.names[p] for p in plan.active]
+        unknown = min((sum(widths) - widths[p] for p in plan.active), default=0)  # columns that a requester does not hold
+        totals = max(1, plan.classes - 1) * plan.totals_per_sample  # a softmax total holds several numbers
         said = []
         if self.parties == 1:
             return ["one party: nothing travels"]
@@ -119,12 +124,12 @@ class SafeSum:
                 if size
                 else "two trees: no coalition of up to three parties learns more than its own products and the total"
             )
-        if backward and logistic:
+        if plan.backward and loss == "logistic":
             said.append("every collaborator reads the labels of the samples it is sent: the sign of theta is the label")
-        if totals >= smallest_other:
+        if totals >= unknown:
             said.append(
-                f"each requester ({', '.join(label_holders)}) sees {math.ceil(totals)} totals per sample and the others hold "
-                f"{smallest_other} columns: with as many totals as columns, and that many known customers, the others' features can be "
+                f"each requester ({', '.join(holders)}) sees {math.ceil(totals)} totals per sample and the others hold "
+                f"{unknown} columns: with as many totals as columns, and that many known customers, the others' features can be "
                 "solved for (xutrain vertical audit --attack totals)"
             )
         return said
