@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.pipeline.conftest import make, watch
+from tests.pipeline.conftest import make, same, watch
 from xutrain.data.base import Batch
 from xutrain.engine.context import Context
 from xutrain.engine.partition import balanced, cut, layers_of
@@ -49,6 +49,7 @@ def test_recipes_that_cannot_be(method: Any, words: dict[str, Any], text: str) -
         ({"model__tied": "true", "stages": 6}, "share 4.0.weight"),
         ({"split__cuts": "[2,6]"}, "layers 0 to 5"),
         ({"train__batch_size": 500}, "larger than the 200 training samples"),
+        ({"train__batch_size": 1, "model__norm": "true"}, "stage 0 cannot train on a single sample"),
     ],
 )
 def test_networks_that_cannot_be_cut(tmp_path: Path, words: dict[str, Any], text: str) -> None:
@@ -56,6 +57,18 @@ def test_networks_that_cannot_be_cut(tmp_path: Path, words: dict[str, Any], text
         watch(make("dsp", **words), tmp_path)
     assert text in str(caught.value)
     assert not list(tmp_path.glob("*/metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "text"),
+    [
+        ({"name": "gpipe", "micro_batches": 20}, {"model__norm": "true"}, "stage 0 cannot train on a single sample"),
+        ("dni", {"train__batch_size": 1}, "at least 2 samples"),
+    ],
+)
+def test_batches_too_small_for_a_method(tmp_path: Path, method: Any, words: dict[str, Any], text: str) -> None:
+    with pytest.raises(RecipeError, match=text):
+        watch(make(method, **words), tmp_path)
 
 
 def test_tied_weights_inside_one_stage_are_fine(tmp_path: Path) -> None:
@@ -87,6 +100,12 @@ def test_boundary_that_changes_shape() -> None:
 def test_divergence_names_the_batch(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="the loss of batch"):
         watch(make("dsp", optimizer__lr=1e6, train__steps=200, optimizer__weight_decay=100), tmp_path)
+
+
+def test_nesterov_without_momentum_is_plain(tmp_path: Path) -> None:
+    plain = make("dsp", optimizer__momentum=0, train__steps=3)
+    nesterov = make("dsp", optimizer__momentum=0, optimizer__nesterov="true", train__steps=3)
+    assert same(watch(nesterov, tmp_path).job.state_dict(), watch(plain, tmp_path).job.state_dict())
 
 
 def test_cuts(tmp_path: Path) -> None:

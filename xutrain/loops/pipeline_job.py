@@ -122,8 +122,9 @@ def optimizer_of(options: Any, block: nn.Module) -> torch.optim.Optimizer | None
     if options.name == "adam":
         betas = (options.momentum, options.beta2)
         return torch.optim.Adam(parameters, lr=options.lr, betas=betas, eps=options.eps, weight_decay=options.weight_decay, foreach=False)
+    nesterov = options.nesterov and options.momentum > 0  # without momentum the two are one, and torch refuses to be asked
     return torch.optim.SGD(
-        parameters, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, weight_decay=options.weight_decay, foreach=False
+        parameters, lr=options.lr, momentum=options.momentum, nesterov=nesterov, weight_decay=options.weight_decay, foreach=False
     )
 
 
@@ -164,17 +165,31 @@ def _names(module: nn.Module, blocks: list[nn.Sequential]) -> list[Names]:
 def negotiate(job: Job, inputs: Tensor) -> list[Message]:
     """Shape and type that every stage puts out, found by passing a batch up once; equal on every process."""
     found: list[Message] = []
+    parts = getattr(job.recipe.method, "micro_batches", 1)
     for process in range(job.workers.processes):
         mine: list[Message] = []
         if process == job.ctx.rank:
             x = found[-1].empty(job.ctx.device).zero_() if found else inputs
             for stage in job.stages:
-                with torch.no_grad(), frozen_statistics(stage.block):
-                    x = stage.call(x, 0)
+                if len(x) == parts:
+                    _passed(stage, x[:1])  # what a micro-batch is
+                x = _passed(stage, x)
                 mine.append(Message.of(x))
         everyone = job.workers.objects([(m.shape, m.dtype) for m in mine] if mine else [None] * len(job.workers.hosted))
         found += [Message(tuple(shape), dtype) for shape, dtype in everyone[process * job.workers.each : (process + 1) * job.workers.each]]
     return found
+
+
+def _passed(stage: Stage, x: Tensor) -> Tensor:
+    """F_k(x). Raises RecipeError where the block cannot take so few samples: batch norm of one value."""
+    try:
+        with torch.no_grad(), frozen_statistics(stage.block):
+            return stage.call(x, 0)
+    except ValueError as reason:
+        if len(x) > 1:
+            raise
+        what = f"stage {stage.index} cannot train on a single sample: {reason}"
+        raise RecipeError(Issue("train.batch_size", what, has_value=False, hint="larger batches, or fewer micro-batches")) from reason
 
 
 def evaluate(job: Job, pipes: Pipes, split: str) -> dict[str, float]:

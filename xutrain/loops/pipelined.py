@@ -95,7 +95,8 @@ class Pipeline:
         every_epochs = recipe.eval.every_epochs
         self.eval_every = recipe.eval.every or (max(1, round(every_epochs * self.job.steps_per_epoch)) if every_epochs else None)
         if recipe.optimizer.name == "adam":
-            record.note("adam is outside the paper's analysis, which covers SGD and momentum SGD")
+            more = "; nesterov is left aside" if recipe.optimizer.nesterov else ""
+            record.note(f"adam is outside the paper's analysis, which covers SGD and momentum SGD{more}")
 
     def train(self) -> dict[str, float]:
         job, steps = self.job, self.job.steps

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from xutrain.engine.rng import Key
+from xutrain.errors import Issue, RecipeError
 from xutrain.methods.pipeline.base import Applied, Kept, PipelineMethod, Stage, State
 from xutrain.recipe.delays import Delays, dsp
 from xutrain.registry import Named, method
@@ -36,6 +37,9 @@ class DNI(PipelineMethod):
     def prepare(self, stage: Stage, output: Tensor) -> None:
         if stage.last:
             return
+        if output.dim() == 2 and len(output) == 1:
+            what = "the synthesizers of flat activations normalise over a batch of at least 2 samples"
+            raise RecipeError(Issue("train.batch_size", what, len(output), "train.batch_size=2"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Key(stage.seed, "synthesizer", 0, stage.index).integer)
             model = synthesizer(tuple(output.shape), self.options.hidden).to(output)
