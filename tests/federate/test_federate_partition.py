@@ -99,7 +99,8 @@ def test_sites_are_clients() -> None:
         ("dirichlet", 100, 9, {"alpha": 0.001, "attempts": 3}, "partition.alpha", "draws"),
         ("classes", 100, 4, {"per_client": 9}, "partition.per_client", "6 classes"),
         ("by_site", 100, 4, {}, "partition.name", "no sites"),
-        ("shards", 61, 61, {"per_client": 2}, "partition", "no samples"),
+        ("shards", 61, 61, {"per_client": 2}, "partition.per_client", "more shards than 61 samples"),
+        ("shards", 100, 3, {"per_client": 10**9}, "partition.per_client", "at most 33"),
     ],
 )
 def test_partitions_that_cannot_be_are_named(name: str, samples: int, clients: int, options: dict, where: str, word: str) -> None:

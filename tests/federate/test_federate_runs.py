@@ -168,6 +168,15 @@ def test_half_an_epoch_goes_on_where_it_stopped() -> None:
     assert torch.equal(torch.cat(seen), order)
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(0.29, 29), (0.07, 7), (0.005, 1), (1.11, 111)])
+def test_part_of_a_pass_is_not_lost_to_rounding(epochs: float, steps: int) -> None:
+    """P = max(1, floor(E N_k / b)); 0.29 x 100 is 28.999999999999996 in floating point."""
+    value = recipe(
+        **{"train.local_steps": "null", "train.local_epochs": epochs, "clients.count": 2, "data.subset": 200, "train.batch_size": 1}
+    )
+    assert {s.steps for s in federated.build(value, Context()).parts} == {steps}
+
+
 def test_clients_are_sampled_by_key() -> None:
     job = federated.build(recipe(**{"clients.fraction": 0.5}), Context())
     chosen = [federated.plan_round(recipe(**{"clients.fraction": 0.5}), job, r).clients for r in range(30)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from test_federate_runs import recipe as plain
 from xutrain.engine.context import Context
 from xutrain.errors import Diverged, RecipeError, Stopped
 from xutrain.loops import federated
+from xutrain.recipe.search import WHOLE_RUN, searchable
+from xutrain.registry import entries, load
 
 LR, WORK, SLR = "{low: 0.01, high: 0.4}", "{low: 2, high: 5}", "{low: 0.5, high: 1.5}"
 SPACE = f"{{lr: {LR}, local_work: {WORK}, weights: {{}}, server_lr: {SLR}}}"
@@ -217,6 +221,16 @@ def test_a_random_search_serves_its_best_trial(tmp_path: Path) -> None:
         (changes(space="{beta: {low: 0, high: 1}}"), "search.space.beta", "no such option"),
         (changes(space="{servr_lr: {low: 0, high: 1}}"), "search.space.servr_lr", "did you mean server_lr"),
         (changes(space="{nesterov: {low: 0, high: 1}}"), "search.space.nesterov", "is no number"),
+        (changes(space="{lr: {low: 0.1, high: 0.4, scale: log, values: [0.0, 0.2]}}"), "search.space.lr.values", "greater than 0"),
+        (changes(space="{lr: {low: 0.1, high: 0.4, floor: 0.3, ceiling: 0.2}}"), "search.space.lr.floor", "above the ceiling"),
+        (changes(space="{lr: {low: -1.0e+308, high: 1.0e+308}}"), "search.space.lr.high", "wider than any number"),
+        (changes(space="{lr: {low: 1.0e-6, high: 1.0e-5}}"), "search.space.lr.high", "least legal value, 0.0001"),
+        (changes(space="{local_work: {low: 0.1, high: 0.4}}"), "search.space.local_work.high", "least legal value, 1"),
+        (changes(space="{local_work: {low: 1.0e+9, high: 1.0e+12}}"), "search.space.local_work.low", "greatest legal value"),
+        (changes(space="{local_momentum: {low: 2, high: 3}}"), "search.space.local_momentum.low", "greatest legal value"),
+        (changes("mlp", "{weights: {form: dirichlet}}"), "search.agent.name", "law of their own"),
+        (changes("discrete", "{weights: {form: dirichlet}}"), "search.agent.name", "law of their own"),
+        (changes("discrete_factorised", "{weights: {form: dirichlet}}"), "search.agent.name", "law of their own"),
         (changes("gausian"), "search.agent.name", "gaussian"),
         (changes("{name: gaussian, init_sdt: 1}"), "search.agent.init_sdt", "init_std"),
         (changes(**{"search.windw": 3}), "search.windw", "window"),
@@ -241,6 +255,32 @@ def test_bad_input_is_named_before_the_first_round(tmp_path: Path, more: dict[st
 def test_a_method_without_rounds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no rounds that an agent"):
         train(str(tmp_path), "central", changes(space="{lr: {low: 0.01, high: 0.4}}"))
+
+
+@pytest.mark.parametrize(
+    "e", [e for e in entries("method", "federate") if e.module.startswith("xutrain.methods.federate")], ids=lambda e: e.name
+)
+def test_what_may_be_searched_is_read_every_round(e: Any) -> None:
+    """A method asks ``value`` for every option that an agent may draw; one that it reads elsewhere cannot be searched."""
+    cls = load("method", e.name, verb="federate")
+    source = "".join(inspect.getsource(c) for c in cls.__mro__ if c.__module__.startswith("xutrain"))
+    read = set(re.findall(r"value\(\w+, \"(\w+)\"", source))
+    known = set(searchable(cls.Options))
+    assert known <= read, "add it to WHOLE_RUN of recipe/search.py, or let the method ask value()"
+    assert not WHOLE_RUN.get(e.name, frozenset()) & read
+    with pytest.raises(RecipeError, match="holds for a whole run"):
+        plain("fedrep", **changes(space="{head_epochs: {low: 1, high: 3}}"))
+
+
+def test_searched_options_change_the_round(tmp_path: Path) -> None:
+    """The number of fine-tuning epochs and the rate of learnt weights are drawn as any other."""
+    for method, key in (("fedavg_finetune", "finetune_epochs"), ("auto_fedavg", "weight_lr")):
+        models = []
+        for i, low in enumerate((1, 7)):
+            space = f"{{{key}: {{low: {low}, high: {low + 1}}}}}"
+            run = train(str(tmp_path / f"{method}{i}"), method, changes("fixed", space, **{"train.rounds": 3}))
+            models.append(run["saved"].worker(0)["state"]["own"] if method == "fedavg_finetune" else run["model"])
+        assert not torch.equal(*models)
 
 
 def test_a_grid_that_is_too_large_says_the_arithmetic() -> None:

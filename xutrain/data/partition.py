@@ -129,6 +129,10 @@ class Shards:
     @staticmethod
     def deal(options: Any, samples: Samples, clients: int, rng: np.random.Generator) -> Parts:
         labels = samples.classes("shards")
+        if clients * options.per_client > samples.count:
+            what = f"{clients} clients with that many shards each are more shards than {samples.count} samples"
+            most = samples.count // clients
+            raise RecipeError(Issue("partition.per_client", what, options.per_client, f"at most {most}, or fewer clients"))
         order = rng.permutation(samples.count)
         order = order[np.argsort(labels[order], kind="stable")]
         shards = np.array_split(order, clients * options.per_client)

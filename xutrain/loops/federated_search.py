@@ -46,7 +46,11 @@ def searched(recipe: Any, method: FederatedMethod, bench: Bench, parts: list[Sha
         bench.point(model)
         return evaluate(bench.replica.module, bench.task, "val", bench.ctx, bench.eval_batch)["loss"]
 
-    return Searched(method, search, agent, counts, judge if search.rollouts else None)
+    found = Searched(method, search, agent, counts, judge if search.rollouts else None)
+    if search.rollouts and not any(found.server_side(c) for c in space.coordinates):
+        what = f"the clients of {recipe.method.name} work with every searched value, so there is nothing to roll out at the server"
+        raise RecipeError(Issue("search.rollouts", what, search.rollouts, "search weights, or rollouts: 0"))
+    return found
 
 
 def check_validation(recipe: Any, parts: list[Shard], why: str) -> None:

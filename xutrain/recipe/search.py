@@ -28,6 +28,19 @@ RELEASED_AGENTS: dict[str, dict[str, Any]] = {
 }
 RELEASED_FLOORS = {"server_lr": 0.1}  # GP; the NVFlare version takes 1e-4
 FLOORS = {"lr": 1e-4, "server_lr": 1e-4}
+#: numeric options that hold for a whole run, so that a value drawn for one round would change nothing
+WHOLE_RUN: dict[str, frozenset[str]] = {
+    "apfl": frozenset({"mix", "mix_lr"}),
+    "ditto": frozenset({"personal_epochs"}),
+    "fedrep": frozenset({"head_epochs", "body_epochs"}),
+    "fedsm": frozenset({"finetune_epochs", "gamma", "gamma_quantile", "selector_epochs", "selector_rounds", "slices"}),
+    "l2gd": frozenset({"pull_chance", "strength"}),
+    "prr_fl": frozenset({"first_share", "last_share", "stages"}),
+}
+#: local work of a round that no run gets through
+MOST_WORK = 10**8
+#: agents that need at least one coordinate
+GRIDS_AND_NETS = ("mlp", "discrete", "discrete_factorised")
 
 
 class Range(Options):
@@ -51,6 +64,13 @@ class Range(Options):
             return [Issue(f"{where}.floor", "lies above the range", self.floor, f"high is {self.high:g}")]
         if self.ceiling is not None and self.ceiling < self.low:
             return [Issue(f"{where}.ceiling", "lies below the range", self.ceiling, f"low is {self.low:g}")]
+        if self.floor is not None and self.ceiling is not None and self.floor > self.ceiling:
+            return [Issue(f"{where}.floor", "lies above the ceiling", self.floor, f"ceiling is {self.ceiling:g}")]
+        if not math.isfinite(self.high - self.low):
+            return [Issue(f"{where}.high", "makes the range wider than any number", self.high, "narrow it")]
+        bad = [v for v in self.values or () if v <= 0] if self.scale == "log" else []
+        if bad:
+            return [Issue(f"{where}.values", "must be greater than 0 on a logarithmic scale", bad[0], "or scale: linear")]
         return []
 
     @property
@@ -159,6 +179,8 @@ class Search(Options):
         for key in ("server_lr", *self.space.knobs):
             if key in named:
                 found += _unknown(f"{where}.space.{key}", key, method)
+        if not found:
+            found += [i for key, item in named.items() for i in _never_legal(f"{where}.space.{key}", key, item, method)]
         if not found and self.agent.name == "discrete":
             found += self._too_large(where, clients)
         return [*found, *self._contradictions(where)]
@@ -186,6 +208,9 @@ class Search(Options):
 
     def _contradictions(self, where: str) -> list[Issue]:
         found = []
+        if list(self.space.named().values()) == [self.space.weights] and self.counts(1) == [] and self.agent.name in GRIDS_AND_NETS:
+            what = "has no coordinate to draw: dirichlet weights, the only searched values, have a law of their own"
+            found.append(Issue(f"{where}.agent.name", what, self.agent.name, "use gaussian, or search something else besides"))
         joint = self.agent.name in ("mlp", "discrete") or getattr(self.agent, "cov", "") == "chol"
         if self.credit == "client" and joint:
             hint = "use agent gaussian with cov fixed or diag, or discrete_factorised"
@@ -217,10 +242,35 @@ def bounds(method: Named, key: str) -> tuple[float | None, float | None, bool, b
     return low, high, open_low, open_high
 
 
+def legal(method: Named, key: str, item: Range) -> tuple[float, float]:
+    """Least and greatest legal value; an open bound of a method's option is kept away from by a thousandth of the range."""
+    low, high, open_low, open_high = (None, None, False, False) if isinstance(item, (ClientRange, Weights)) else bounds(method, key)
+    gap = (item.high - item.low) / 1000
+    least = FLOORS.get(key, -math.inf if low is None else low + gap * open_low)
+    greatest = math.inf if high is None else high - gap * open_high
+    return least if item.floor is None else item.floor, greatest if item.ceiling is None else item.ceiling
+
+
+def _never_legal(where: str, key: str, item: Range, method: Named) -> list[Issue]:
+    """A range of which no value is legal: every draw would be set to the same bound."""
+    if key == "weights":
+        return []
+    least, greatest = legal(method, key, item)
+    if key == "local_work":
+        least, greatest = max(least, 1.0), min(greatest, float(MOST_WORK))
+    if item.high < least:
+        hint = f"raise it, or set {key}.floor" if key in FLOORS else "raise it"
+        return [Issue(f"{where}.high", f"lies below the least legal value, {least:g}", item.high, hint)]
+    if item.low > greatest:
+        return [Issue(f"{where}.low", f"lies above the greatest legal value, {greatest:g}", item.low, "lower it")]
+    return []
+
+
 def searchable(method: Any) -> list[str]:
     """Numeric options of a method (its options, or their class), which an agent may search."""
     fields: Mapping[str, Any] = (method if isinstance(method, type) else type(method)).model_fields  # type: ignore[attr-defined]
-    return sorted(n for n, f in fields.items() if f.annotation in (float, int, float | None, int | None))
+    whole = WHOLE_RUN.get(str(fields["name"].default), frozenset()) if "name" in fields else frozenset()
+    return sorted(n for n, f in fields.items() if f.annotation in (float, int, float | None, int | None) and n not in whole)
 
 
 def _unknown(where: str, key: str, method: Named) -> list[Issue]:
@@ -228,7 +278,9 @@ def _unknown(where: str, key: str, method: Named) -> list[Issue]:
     if key in known:
         return []
     if key in type(method).model_fields:
-        return [Issue(where, f"option {key} of {method.name} is no number", has_value=False, hint="search one of " + ", ".join(known))]
+        what = "holds for a whole run" if key in WHOLE_RUN.get(method.name, ()) else "is no number"
+        hint = "search one of " + ", ".join(known) if known else "search lr, local_work or weights"
+        return [Issue(where, f"option {key} of {method.name} {what}", has_value=False, hint=hint)]
     near = suggest(key, known)
     rest = f"; it has {', '.join(known)}" if known else "; it has no numeric option"
     hint = (f"did you mean {near}?" if near else "besides lr, local_work and weights, options of the method can be searched") + rest

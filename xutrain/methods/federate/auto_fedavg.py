@@ -52,7 +52,7 @@ class AutoFedAvg(DoubleMomentum):
         assert isinstance(problem, Validated)
         slope = problem.validation_gradient(plan.tensors["model"])
         reply = super().step(state, plan, problem)
-        reply.tensors["update"].mul_(-plan.lr * plan.mean_steps)  # w^j - w, whatever P_k is
+        reply.tensors["update"].mul_(-plan.common_lr * plan.mean_steps)  # w^j - w, whatever P_k is
         reply.tensors["slope"] = slope
         return reply
 
@@ -63,7 +63,7 @@ class AutoFedAvg(DoubleMomentum):
             slope.add_(reply.tensors["slope"], alpha=reply.weight)
             deltas[str(reply.client)] = reply.tensors["update"]
         if server["deltas"]:
-            self.learn(server, slope)
+            self.learn(server, slope, self.value(round, "weight_lr"))
         a = self.shares(server, [int(k) for k in deltas])
         for share, delta in zip(a.tolist(), deltas.values(), strict=True):
             server["model"].add_(delta, alpha=self.value(round, "server_lr") * share)
@@ -73,12 +73,12 @@ class AutoFedAvg(DoubleMomentum):
         """a of those clients, summing to 1."""
         return torch.softmax(server["logits"][clients], 0)
 
-    def learn(self, server: State, slope: Tensor) -> None:
+    def learn(self, server: State, slope: Tensor, lr: float) -> None:
         """(1) with the updates of the round before."""
         clients = [int(k) for k in server["deltas"]]
         a = self.shares(server, clients)
         g = torch.stack([torch.dot(slope, delta).double().cpu() for delta in server["deltas"].values()])
-        server["logits"][clients] -= self.options.weight_lr * a * (g - a @ g)
+        server["logits"][clients] -= lr * a * (g - a @ g)
 
     def report(self, server: State) -> dict[str, float]:
         a = torch.softmax(server["logits"], 0).tolist()

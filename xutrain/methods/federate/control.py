@@ -7,7 +7,7 @@ vector each way. With plain SGD inside, the path mean equals SCAFFOLD's option I
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -66,10 +66,15 @@ class Controlled(DoubleMomentum):
         return reply
 
     def merge(self, server: State, round: Round, replies: Iterable[Reply], exchange: int = 0) -> None:
-        mean = weighted_mean(replies, "update", "control")
-        # c stays sum over ALL clients of p_k c_k: the share of the weight that took part scales the mean change
-        share = sum(self.federation.weights[k] for k in round.clients)
-        server["control"].add_(mean.pop("control"), alpha=share)
+        change = torch.zeros_like(server["control"])
+
+        def counted() -> Iterator[Reply]:
+            for reply in replies:  # c stays the sum over ALL clients of p_k c_k, whatever the weights of this round are
+                change.add_(reply.tensors["control"], alpha=self.federation.weights[reply.client])
+                yield reply
+
+        mean = weighted_mean(counted(), "update")
+        server["control"].add_(change)
         self.advance(server, round, mean)
 
     def traffic(self, numel: int, previous_lr: float | None = None) -> Traffic:

@@ -97,8 +97,8 @@ class DoubleMomentum(FederatedMethod):
             total.add_(gradient)
             if direction is not None and self.fusion == "intra":
                 y.add_(direction, alpha=shift)
-        if plan.round_lr is not None and not self.normalised:
-            total.mul_(lr / plan.round_lr)  # the server multiplies by the round's lr: the models are averaged all the same
+        if lr != plan.common_lr and not self.normalised:
+            total.mul_(lr / plan.common_lr)  # the server multiplies by the round's lr: the models are averaged all the same
         reply = Reply({"update": total.div_(steps if self.normalised else plan.mean_steps)})  # (5)
         if self.local_buffer == "average":
             reply.tensors["buffer"] = buffer if buffer is not None else torch.zeros_like(x)
@@ -106,7 +106,7 @@ class DoubleMomentum(FederatedMethod):
             state["buffer"] = buffer
         if self.follows and not self.federation.partial:
             state["model"] = x.clone()
-            state["scale"] = self.value(plan, "server_lr", 1.0) * lr * plan.mean_steps
+            state["scale"] = self.value(plan, "server_lr", 1.0) * plan.common_lr * plan.mean_steps
         return reply
 
     def beta(self, plan: Plan) -> float:

@@ -38,7 +38,7 @@ class FedAvgFinetune(DoubleMomentum):
         if not self.last(plan.round):
             return super().step(state, plan, problem)
         memory: State | None = {} if self.federation.optimizer == "adam" else None  # a new task, a new optimizer
-        steps = plan.steps * self.options.finetune_epochs
+        steps = plan.steps * int(self.value(plan, "finetune_epochs"))
         state["own"] = descend(problem, plan.tensors["model"], plan, memory, steps=steps)
         return Reply()
 

@@ -1,8 +1,8 @@
 """Controls of a search that never learn: the middle of every range, and a random search over whole trainings.
 
-``fixed`` is h = c in every round. ``random`` spends one run's communication on ``trials`` trainings of equally many rounds, each
-from the initial model with its own h, drawn uniformly from the ranges; the training whose clients reported the least
-validation loss in their last round is the one that is served. Its total traffic is that of one searched run.
+``fixed`` is h = c in every round. ``random`` spends one run's communication on ``trials`` trainings of equally many rounds (one more
+or less where they do not divide), each from the initial model with its own h, drawn uniformly from the ranges; the training whose
+clients reported the least validation loss in their last round is the one that is served. Its total traffic is that of one searched run.
 """
 
 from __future__ import annotations

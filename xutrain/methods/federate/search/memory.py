@@ -5,33 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from xutrain.methods.federate.base import Round, State
+from xutrain.methods.federate.base import Round, State, clone
 from xutrain.methods.federate.search import dirichlet
 from xutrain.methods.federate.search.reinforce import reward
 from xutrain.methods.federate.search.space import AgentSpace
 
 #: clients whose aggregation weights are recorded one by one
 SHOWN = 32
-
-
-def clone(value: Any) -> Any:
-    """A deep copy of a state."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: clone(v) for k, v in value.items()}
-    return [clone(v) for v in value] if isinstance(value, list) else value
-
-
-def finite(value: Any) -> bool:
-    """Whether every floating-point number of a state is finite."""
-    if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(torch.isfinite(value).all())
-    if isinstance(value, dict):
-        return all(finite(v) for v in value.values())
-    return all(finite(v) for v in value) if isinstance(value, list) else True
 
 
 def inner_part(server: State) -> State:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from xutrain.engine.rng import Key
-from xutrain.methods.federate.base import Reply, Round, State
+from xutrain.methods.federate.base import Reply, Round, State, clone
 from xutrain.methods.federate.search.base import Noise
-from xutrain.methods.federate.search.memory import clone, inner_part, put_back
+from xutrain.methods.federate.search.memory import inner_part, put_back, shown_of
 from xutrain.methods.federate.search.reinforce import adam_ascent, advantages, reward
 
 if TYPE_CHECKING:
@@ -33,14 +33,18 @@ def roll_out(method: Searched, server: State, round: Round, replies: Sequence[Re
     assert judge is not None
     sample = held["waiting"][-1]
     mean, std = method.agent.moments(held["agent"])
-    mine = torch.tensor([c.server_side for c in method.space.coordinates])
+    mine = torch.tensor([method.server_side(c) for c in method.space.coordinates])
+    prior = [method.federation.weights[k] for k in round.clients]
+    base = replace(round, weights=tuple(w / sum(prior) for w in prior))
+    shares = sample["shares"].tolist() if "shares" in sample else ()
     noise = Noise(Key(method.federation.seed, "search/rollouts", round.index))
     start = judge(method.inner.served(server, {}))
     tried: list[tuple[Tensor, State, Round, float]] = []
     for m in range(method.search.rollouts):
         u = sample["u"] if m == 0 else torch.where(mine, mean + std * noise.normal(len(mean)), sample["u"])
         state = clone(before)
-        setting = round if m == 0 else server_values(method, u, round)
+        drawn = method.space.setting(u, base, shares)
+        setting = round if m == 0 else replace(round, weights=drawn.weights, knobs=drawn.knobs)  # what the clients did is done
         weights = dict(zip(setting.clients, setting.weights, strict=True))
         method.inner.merge(state, setting, (replace(r, weight=weights[r.client]) for r in replies), 0)
         tried.append((u, state, setting, judge(method.inner.served(state, {}))))
@@ -48,6 +52,7 @@ def roll_out(method: Searched, server: State, round: Round, replies: Sequence[Re
     best = max(range(len(rewards)), key=rewards.__getitem__)
     chosen = best if method.search.rollout_apply == "best" else 0
     sample["u"] = tried[chosen][0].clone()
+    held["shown"] = shown_of(method.space, sample, held, base)
     put_back(server, inner_part(tried[chosen][1]))
     if method.agent.learns and len(tried) > 1:
         adv = torch.outer(advantages(rewards, method.search.baseline), mine.to(torch.float64))
@@ -56,10 +61,3 @@ def roll_out(method: Searched, server: State, round: Round, replies: Sequence[Re
         step = method.agent.options
         adam_ascent(held["agent"]["params"], gradient, held["rollout_adam"], step.lr, step.beta1, step.beta2)
         method.agent.project(held["agent"])
-
-
-def server_values(method: Searched, u: Tensor, round: Round) -> Round:
-    """``round`` with the server's values of ``u``; what the clients did is done."""
-    prior = [method.federation.weights[k] for k in round.clients]
-    drawn = method.space.setting(u, replace(round, weights=tuple(w / sum(prior) for w in prior)))
-    return replace(round, weights=drawn.weights, knobs=drawn.knobs)

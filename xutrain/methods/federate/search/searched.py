@@ -28,16 +28,30 @@ from torch import Tensor
 
 from xutrain.engine.rng import Key
 from xutrain.errors import Diverged, Issue
-from xutrain.methods.federate.base import Committee, FederatedMethod, Plan, Problem, Reply, Round, State, Traffic
+from xutrain.methods.federate.base import (
+    SINCE,
+    UNDO,
+    Committee,
+    FederatedMethod,
+    Plan,
+    Problem,
+    Reply,
+    Round,
+    State,
+    Traffic,
+    clone,
+    finite,
+)
 from xutrain.methods.federate.search import dirichlet
 from xutrain.methods.federate.search.base import Agent, Noise
 from xutrain.methods.federate.search.controls import RandomSearch
-from xutrain.methods.federate.search.memory import clone, finite, inner_part, put_back, score_of, shown_of
+from xutrain.methods.federate.search.memory import inner_part, put_back, score_of, shown_of
 from xutrain.methods.federate.search.reinforce import advantages, reward
 from xutrain.methods.federate.search.rollouts import Judge, roll_out
+from xutrain.methods.federate.search.space import Coordinate
 
 #: options that only a server uses: not sent, unless clients infer something from them
-SERVER_SIDE = frozenset({"server_lr", "server_momentum", "beta1", "beta2", "tau"})
+SERVER_SIDE = frozenset({"server_lr", "server_momentum", "beta1", "beta2", "tau", "weight_lr"})
 #: lost rounds in a row after which a run has diverged
 PATIENCE = 10
 LOSS = "val_loss"
@@ -64,9 +78,7 @@ class Searched(FederatedMethod):
         flags = {n: getattr(inner, n) for n in ("personal", "pooled", "silent", "own_steps", "adaptive", "plain", "private_buffers")}
         for name, value in {**flags, "exchanges": inner.exchanges + self.ahead, "tolerant": agent.resamples}.items():
             setattr(self, name, value)
-        rounds = max(1, inner.federation.rounds)
         self.trials = agent.options.trials if isinstance(agent, RandomSearch) else 1
-        self.per_trial = rounds // self.trials
 
     # what the agent does
 
@@ -83,15 +95,19 @@ class Searched(FederatedMethod):
             "losses": [],
             "safe": {},
         }
-        found.update(reward=None, lost=0, in_row=0, resend=False, rollout_adam={}, policy=[], shown={})
+        found.update(safe_from=0, undo=[], reward=None, lost=0, in_row=0, resend=False, rollout_adam={}, policy=[], shown={})
         if self.trials > 1:
-            found.update(origin=clone(state), best={}, best_loss=math.inf)
+            found.update(origin={}, best={}, best_loss=math.inf)
         state["search"] = found
         return state
 
     def trial(self, index: int) -> int:
-        """The training to which a round belongs; 0 but for a random search."""
-        return min(index // self.per_trial, self.trials - 1)
+        """The training to which a round belongs, 0 but for a random search; their lengths differ by one round at most."""
+        return min(index * self.trials // max(1, self.federation.rounds), self.trials - 1)
+
+    def since(self, index: int) -> int:
+        """The round with which that training began."""
+        return -(-self.trial(index) * max(1, self.federation.rounds) // self.trials)
 
     def draw(self, server: State, base: Round) -> None:
         """A sample for round ``base``, remembered until its reward is known."""
@@ -141,7 +157,7 @@ class Searched(FederatedMethod):
             column = common
             if rule.credit == "client" and c.client >= 0:
                 column = advantages([m["own"][c.client] for m in memory], rule.baseline, **options)
-            columns.append(torch.zeros_like(common) if rule.rollouts and c.server_side else column)
+            columns.append(torch.zeros_like(common) if rule.rollouts and self.server_side(c) else column)
         if columns:
             self.agent.improve(held["agent"], memory, torch.stack(columns, 1))
         if self.space.dirichlet:
@@ -155,9 +171,11 @@ class Searched(FederatedMethod):
 
     def configure(self, server: State, round: Round) -> Round:
         held = server["search"]
-        if self.trials > 1 and round.index and self.trial(round.index) > self.trial(round.index - 1):
+        if self.trials > 1 and round.index == 0:
+            held["origin"] = clone(inner_part(server))
+        elif self.trials > 1 and self.since(round.index) == round.index:
             put_back(server, held["origin"])
-            held.update(waiting=[], loss=None, losses=[], safe={})
+            held.update(waiting=[], loss=None, losses=[], safe={}, undo=[])
         base = self.inner.configure(server, round)
         if self.ahead:
             return base
@@ -172,13 +190,21 @@ class Searched(FederatedMethod):
         follows = getattr(self.inner, "follows", False)
         return [k for k in self.space.knobs if follows or k not in SERVER_SIDE]
 
+    def server_side(self, c: Coordinate) -> bool:
+        """A value that no client works with, so that the server may draw it again when they have answered."""
+        if c.key == "weights":
+            return not self._needs_mean_steps()
+        return c.key not in ("lr", "local_work", *self.sent_knobs())
+
     def _numbers(self) -> list[str]:
         """What a training plan says beside the wrapped method's own."""
         if not self.agent.resamples:
             return []  # the middle of the ranges follows from the recipe
         space = self.search.space
         named = [n for n, item in (("lr", space.lr), ("local_work", space.local_work)) if item is not None]
-        return [*named, *self.sent_knobs(), *(["mean_steps"] if self._needs_mean_steps() else [])]
+        follows = bool(getattr(self.inner, "follows", False))
+        own = space.lr is not None and space.lr.per_client and follows and not self.federation.partial
+        return [*named, *self.sent_knobs(), *(["round_lr"] if own else []), *(["mean_steps"] if self._needs_mean_steps() else [])]
 
     def _needs_mean_steps(self) -> bool:
         """Clients that infer the server's momentum divide by sum p_k P_k, which drawn weights change where the P_k differ."""
@@ -190,20 +216,21 @@ class Searched(FederatedMethod):
         mine = exchange < self.ahead
         plan = self.inner.plan(server, round, client, 0 if mine else exchange - self.ahead)
         plan.exchange = exchange
-        if mine:
-            return plan
-        plan.knobs = {k: v for k, v in plan.knobs.items() if k not in self.space.knobs or k in self.sent_knobs()}
+        if not mine:
+            plan.knobs = {k: v for k, v in plan.knobs.items() if k not in self.space.knobs or k in self.sent_knobs()}
         if exchange == self.ahead:
             if self.ahead and not server["search"]["resend"]:
                 plan.tensors, plan.numbers = {}, {}  # the client has them
-            values = {"lr": plan.lr, "local_work": float(plan.steps), "mean_steps": plan.mean_steps, **plan.knobs}
-            plan.numbers.update({name: values[name] for name in self._numbers()})
+            values = {"lr": plan.lr, "round_lr": plan.common_lr, "local_work": float(plan.steps), "mean_steps": plan.mean_steps}
+            plan.numbers.update({name: {**values, **plan.knobs}[name] for name in self._numbers()})
+        undo = dict(server["search"]["undo"]).get(client)
+        if undo is not None:
+            plan.numbers[UNDO] = float(undo)
+        if self.trials > 1:
+            plan.knobs[SINCE] = float(self.since(round.index))
         return plan
 
     def step(self, state: State, plan: Plan, problem: Problem) -> Reply:
-        if self.trials > 1 and state.get("trial") != self.trial(plan.round):
-            state.clear()
-            state.update(self.inner.client_state(plan.client), trial=self.trial(plan.round))
         numbers: dict[str, float] = {}
         if self.reports and plan.exchange == 0:
             point = plan.tensors.get("model")
@@ -216,11 +243,7 @@ class Searched(FederatedMethod):
             plan.numbers = {k: v for k, v in plan.numbers.items() if k not in self._numbers()}
             if self.ahead and not plan.tensors:
                 plan.tensors, plan.numbers = received["tensors"], received["numbers"]
-        before = clone(state) if self.tolerant else {}
         reply = self.inner.step(state, replace(plan, exchange=plan.exchange - self.ahead), problem)
-        if self.tolerant and not finite(reply.tensors):
-            state.clear()
-            state.update(before)  # a path that left the numbers leaves no trace at its client
         reply.numbers.update(numbers)
         return reply
 
@@ -231,10 +254,11 @@ class Searched(FederatedMethod):
         if exchange < self.ahead:
             for _ in stream:
                 pass
+            self._told(held, round)
             loss = self._mean_loss(losses)
             held["resend"] = not math.isfinite(loss)
             if held["resend"]:
-                self._lost(server, round, held["safe"], loss)
+                self._lost(server, round, held["safe"], held["safe_from"], loss)
                 loss, losses = held["loss"], dict(held["losses"])
             self.settle(server, round.index, loss, losses)
             self.draw(server, round)
@@ -246,6 +270,7 @@ class Searched(FederatedMethod):
             roll_out(self, server, round, list(stream), self._before)
         else:
             self.inner.merge(server, round, stream, inside)
+        self._told(held, round)
         if losses:
             self._reported = losses
         if inside < self.inner.exchanges - 1:
@@ -254,7 +279,7 @@ class Searched(FederatedMethod):
             loss = self._mean_loss(self._reported)
             if self.tolerant and not math.isfinite(loss):
                 held["waiting"] = held["waiting"][:-1]  # trained from a model that was no good: says nothing of this sample
-                self._lost(server, round, held["safe"], loss)
+                self._lost(server, round, held["safe"], held["safe_from"], loss)
                 self.settle(server, round.index, held["loss"], dict(held["losses"]))
                 return
             self.settle(server, round.index, loss, self._reported)
@@ -267,12 +292,12 @@ class Searched(FederatedMethod):
         """Keep the model before this round, or take it back where the new one is not finite."""
         held = server["search"]
         if finite(inner_part(server)):
-            held["safe"] = self._before
+            held.update(safe=self._before, safe_from=round.index)
         else:
-            self._lost(server, round, self._before, math.nan)
+            self._lost(server, round, self._before, round.index, math.nan)
 
-    def _lost(self, server: State, round: Round, safe: State, loss: float) -> None:
-        """Reward -1 for the newest sample, and the state ``safe`` back."""
+    def _lost(self, server: State, round: Round, safe: State, start: int, loss: float) -> None:
+        """Reward -1 for the newest sample, and back to the state ``safe`` from before round ``start``, at the clients too."""
         held = server["search"]
         if not safe or held["in_row"] >= PATIENCE:
             what = "the validation loss of the initial model is not finite" if not safe else f"{PATIENCE} rounds in a row were not finite"
@@ -281,7 +306,13 @@ class Searched(FederatedMethod):
         if held["waiting"]:
             held["waiting"][-1].update(reward=-1.0, own=[-1.0] * self.federation.clients)
         put_back(server, safe)
+        waiting = dict(held["undo"])
+        held["undo"] = [[k, min(start, waiting.get(k, start))] for k in self._everyone()]
         held.update(lost=held["lost"] + 1, in_row=held["in_row"] + 1)
+
+    def _told(self, held: State, round: Round) -> None:
+        """Who takes part has read its plan."""
+        held["undo"] = [[k, start] for k, start in held["undo"] if k not in round.clients]
 
     def lost(self, server: State) -> int:
         return int(server["search"]["lost"])

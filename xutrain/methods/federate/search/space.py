@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xutrain.methods.federate.base import Round
-from xutrain.recipe.search import FLOORS, ClientRange, Range, Space, Weights, bounds
+from xutrain.recipe.search import ClientRange, Range, Space, Weights, legal
 
 #: values beyond it would leave float32 as soon as they are multiplied
 LARGEST = 1e25
@@ -53,14 +53,9 @@ class Coordinate:
             h = math.exp(min(h, 60.0))
         return min(max(h, self.low, -LARGEST), self.high, LARGEST)
 
-    @property
-    def server_side(self) -> bool:
-        """A value that no client needs for its work."""
-        return self.key not in ("lr", "local_work")
 
-
-def coordinate(name: str, key: str, item: Range, client: int = -1, legal: tuple[float, float] = (-math.inf, math.inf)) -> Coordinate:
-    """The coordinate of a range."""
+def coordinate(name: str, key: str, item: Range, within: tuple[float, float], client: int = -1) -> Coordinate:
+    """The coordinate of a range, ``within`` the least and the greatest legal value."""
     log = item.scale == "log"
     low, high = (math.log(item.low), math.log(item.high)) if log else (item.low, item.high)
     middle, width = (low + high) / 2, high - low
@@ -68,17 +63,7 @@ def coordinate(name: str, key: str, item: Range, client: int = -1, legal: tuple[
         grid = tuple(((math.log(v) if log else v) - middle) / width for v in item.values)
     else:
         grid = tuple(i / (item.points - 1) - 0.5 for i in range(item.points))
-    floor = item.floor if item.floor is not None else max(legal[0], FLOORS.get(key, -math.inf))
-    ceiling = item.ceiling if item.ceiling is not None else legal[1]
-    return Coordinate(name, key, client, middle, width, log, floor, ceiling, grid)
-
-
-def _legal(method: Any, key: str, item: Range) -> tuple[float, float]:
-    """Bounds of a method's option; an open one is kept away from by a thousandth of the range."""
-    low, high, open_low, open_high = bounds(method, key)
-    gap = (item.high - item.low) / 1000
-    least = -math.inf if low is None else low + gap * open_low
-    return (min(least, FLOORS[key]) if key in FLOORS else least), math.inf if high is None else high - gap * open_high
+    return Coordinate(name, key, client, middle, width, log, *within, grid)
 
 
 class AgentSpace:
@@ -95,13 +80,14 @@ class AgentSpace:
         self.form = space.weights.form if space.weights is not None else ""
         self.dirichlet = self.form == "dirichlet"
         for key, item in space.named().items():
+            within = legal(method, key, item)
             if isinstance(item, Weights):
                 if not self.dirichlet:
-                    self.coordinates += [coordinate(f"weight_{k}", "weights", item, k) for k in range(clients)]
+                    self.coordinates += [coordinate(f"weight_{k}", key, item, within, k) for k in range(clients)]
             elif isinstance(item, ClientRange) and item.per_client:
-                self.coordinates += [coordinate(f"{key}_{k}", key, item, k) for k in range(clients)]
+                self.coordinates += [coordinate(f"{key}_{k}", key, item, within, k) for k in range(clients)]
             else:
-                self.coordinates.append(coordinate(key, key, item, legal=_legal(method, key, item)))
+                self.coordinates.append(coordinate(key, key, item, within))
         self.integers = {k for k, f in type(method).model_fields.items() if f.annotation in (int, int | None)}
 
     @property
