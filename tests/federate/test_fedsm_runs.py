@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from tests.federate.test_federate_runs import equal, train_recipe
 from xutrain.engine.context import Context
 from xutrain.errors import RecipeError, Stopped
 from xutrain.loops import federated, site_eval, site_pictures, site_tables
-from xutrain.loops.clients import ClientData
+from xutrain.loops.clients import ClientData, shards
 from xutrain.recipe.load import from_dict
 
 PERSONAL = ("softpull", "ditto", "fedper", "fedrep", "apfl", "l2gd", "prr_fl", "fedavg_finetune")
@@ -217,6 +218,20 @@ def test_a_picture_of_a_volume_is_one_slice() -> None:
     picture, wanted, found = site_pictures.flat(image, truth, truth > 0)
     assert picture.shape == (1, 6, 6) and float(picture.mean()) == 2
     assert not wanted[0].any() and int(wanted[1].sum()) == 30 and torch.equal(found, wanted > 0)
+
+
+def test_validation_samples_are_cut_by_cases() -> None:
+    """Slices of one volume never stand in both parts; the part may be larger than asked for, never smaller."""
+    names = [f"p{i // 4}" for i in range(20)] + [f"q{i // 3}" for i in range(12)]
+    parts = [np.arange(20)[::-1].copy(), np.arange(20, 32)]
+    chosen = recipe(**{"clients.val_fraction": 0.3})
+    for seed in range(5):
+        made = shards(parts, chosen.clients, chosen.train, seed, cases=names)
+        for shard, sizes in zip(made, ((8, 12), (6, 6)), strict=True):
+            assert (len(shard.val), len(shard.train)) == sizes
+            assert not {names[i] for i in shard.val} & {names[i] for i in shard.train}
+    with pytest.raises(RecipeError, match="0 training samples"):
+        shards([np.arange(8)], chosen.clients, chosen.train, 0, cases=["one"] * 8)
 
 
 def test_dice_of_whole_cases() -> None:

@@ -72,6 +72,30 @@ def test_volumes_and_patches(two: Path) -> None:
     assert patched.input_shape == (1, 4, 8, 8) and patched.scans.images.shape[2:] == (4, 16, 16)
 
 
+def test_a_dicom_series_out_of_order_is_refused(tmp_path: Path) -> None:
+    """The reader stacks slices by instance number: where these lie in another order in space, or one is missing, nothing is guessed."""
+    import pydicom
+
+    mask = tiny.ellipsoid((9, 11, 5))
+    items = [{"image": f"i{n}", "label": f"m{n}"} for n in range(3)]
+    for n in range(3):
+        tiny.dicom_series(tmp_path / "S" / f"i{n}", mask * 300 + 20 + n, descending=True)
+        tiny.dicom_series(tmp_path / "S" / f"m{n}", mask * 1, descending=True)
+    (tmp_path / "S" / "datalist.json").write_text(json.dumps({"training": items[:2], "testing": items[2:]}))
+    task = build(tmp_path, lists={"S": "S"}, dims=3, size=None, window=[0.0, 400.0])
+    assert torch.equal(task.scans.masks[0, 0], torch.from_numpy(mask.transpose(2, 1, 0).astype(np.uint8)))
+    files = sorted((tmp_path / "S" / "m1").iterdir())
+    for file, number in zip(files, (1, 3, 2, 4, 5), strict=True):
+        head = pydicom.dcmread(file)
+        head.InstanceNumber = number
+        pydicom.dcmwrite(file, head)
+    for place in ("i0", "m0"):
+        sorted((tmp_path / "S" / place).iterdir())[2].unlink()
+    found = faults(tmp_path, lists={"S": "S"}, dims=3, size=None)
+    assert "S/i0" in found[0] and "a slice of the series is missing" in found[0]
+    assert "S/m1" in found[1] and "do not follow the slices' positions" in found[1]
+
+
 def test_orientation_does_not_matter(two: Path) -> None:
     """The same anatomy stored in another orientation gives the same samples."""
     plain = build(two, dims=3, size=None)

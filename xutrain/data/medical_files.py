@@ -104,11 +104,15 @@ def read(paths: tuple[Path, ...], site: str, channels: int) -> Any:
     Raises:
         DataError: corrupt, or a format that needs a package that is not there.
     """
+    from xutrain.data.medical_volumes import check_order
+
     parts = []
     for path in paths:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                if path.is_dir():
+                    check_order(path)
                 parts.append(loader()(str(path), reader=_reader(path, channels)))
         except ImportError as reason:  # MONAI's OptionalImportError is one
             raise lacking(str(path), reason) from None

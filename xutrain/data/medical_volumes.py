@@ -53,18 +53,39 @@ def nifti(path: Path) -> Volume:
 
 
 def series(folder: Path) -> Volume:
-    """A DICOM series, one file a slice, stacked by instance number."""
+    """A DICOM series, one file a slice, stacked by instance number. Raises ValueError where that is not their order in space."""
     from monai.data import PydicomReader
 
     from xutrain.data.medical_files import loader
 
     if not any(f.is_file() and not junk(f) for f in folder.iterdir()):
         raise ValueError("no files in the folder of the series")
+    check_order(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image: Any = loader()(str(folder), reader=PydicomReader())
     voxels = image.numpy()[0]  # without the channel
     return Volume(voxels if voxels.ndim == 3 else voxels[..., None], image.affine.numpy())
+
+
+def check_order(folder: Path) -> None:
+    """Refuse a DICOM series whose slices, by instance number, do not follow one another in space, or of which one is missing.
+
+    The reader stacks by instance number and takes one distance for all, so such a volume would be another than the scanned one.
+    Files without positions (secondary captures) are left alone. Raises ValueError.
+    """
+    import pydicom
+
+    heads = [pydicom.dcmread(f, stop_before_pixels=True) for f in sorted(folder.iterdir()) if f.is_file() and not junk(f)]
+    if len(heads) < 3 or any("ImagePositionPatient" not in h or "InstanceNumber" not in h for h in heads):
+        return
+    heads.sort(key=lambda head: int(head.InstanceNumber))
+    rows, columns = np.array(heads[0].ImageOrientationPatient, dtype=float).reshape(2, 3)
+    steps = np.diff([np.dot(np.cross(rows, columns), np.array(h.ImagePositionPatient, dtype=float)) for h in heads])
+    if not ((steps > 0).all() or (steps < 0).all()):
+        raise ValueError("instance numbers do not follow the slices' positions")
+    if np.abs(steps).max() > 1.5 * np.median(np.abs(steps)):
+        raise ValueError("a slice of the series is missing: the distances between slices differ")
 
 
 def itk(path: Path) -> Volume:

@@ -133,6 +133,11 @@ class SegmentationTask(Task):
         for at in range(0, len(part), batch_size):
             yield Batch(part.images[at : at + batch_size], part.masks[at : at + batch_size].float())
 
+    @property
+    def train_cases(self) -> tuple[str, ...]:
+        """Volume or subject of every sample that clients may hold, validation samples included."""
+        return self.scans.cases
+
     def split_sites(self, split: str) -> Tensor:
         """Site of every sample of ``split``, int64 of shape (n,), in the order of ``batches``."""
         return self.splits[split].sites

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +47,16 @@ class Shard:
         return self.train[torch.randperm(len(self.train), generator=Key(seed, "pass", pass_, client).generator())]
 
 
-def shards(parts: list[Any], clients: Any, train: Any, seed: int, *, pooled: bool = False, aside: Tensor | None = None) -> list[Shard]:
+def shards(
+    parts: list[Any],
+    clients: Any,
+    train: Any,
+    seed: int,
+    *,
+    pooled: bool = False,
+    aside: Tensor | None = None,
+    cases: Sequence[str] | None = None,
+) -> list[Shard]:
     """Shards of a partition under a recipe's ``clients`` and ``train`` sections.
 
     With ``pooled`` the first client holds the union, with a batch K times as large and as many steps as the others would do.
@@ -54,7 +64,8 @@ def shards(parts: list[Any], clients: Any, train: Any, seed: int, *, pooled: boo
     Raises:
         RecipeError: a batch is larger than the smallest client's shard, or a client's validation part is empty.
 
-    ``aside`` (bool, one a training sample) marks what the data set itself keeps for validation; it wins over val_fraction.
+    ``aside`` (bool, one a training sample) marks what the data set itself keeps for validation; it wins over val_fraction. ``cases``
+    names the case (volume or person) of each training sample: a case is never in both parts, so a part may be larger than asked for.
     """
     held = []
     for k, part in enumerate(parts):
@@ -64,8 +75,12 @@ def shards(parts: list[Any], clients: Any, train: Any, seed: int, *, pooled: boo
                 raise RecipeError(Issue("partition", f"client {k} has validation samples only", has_value=False, hint="change it"))
             held.append((mine[~out].sort().values, mine[out].sort().values))
             continue
-        order = torch.from_numpy(part)[torch.randperm(len(part), generator=Key(seed, "client-split", 0, k).generator())]
+        draw = Key(seed, "client-split", 0, k).generator()
         kept = round(clients.val_fraction * len(part))
+        if cases is None:
+            order = torch.from_numpy(part)[torch.randperm(len(part), generator=draw)]
+        else:
+            order, kept = _by_case(torch.from_numpy(part), [cases[i] for i in part], draw, kept)
         if clients.val_fraction and (kept == 0 or kept == len(part)):
             what = f"leaves client {k} with {kept} validation and {len(part) - kept} training samples"
             raise RecipeError(Issue("clients.val_fraction", what, clients.val_fraction, "change it, or the partition"))
@@ -88,6 +103,18 @@ def shards(parts: list[Any], clients: Any, train: Any, seed: int, *, pooled: boo
         val = torch.cat([s.val for s in made])
         return [Shard(union, val, batch, max(1, len(union) // batch), steps), *(Shard(none, none, 1, 1, steps) for _ in made[1:])]
     return made
+
+
+def _by_case(part: Tensor, cases: list[str], draw: torch.Generator, kept: int) -> tuple[Tensor, int]:
+    """Samples ordered by cases that are drawn one after the other, and how many make up the first whole cases with ``kept`` of them."""
+    names = list(dict.fromkeys(cases))
+    rows: dict[str, list[int]] = {name: [] for name in names}
+    for row, case in enumerate(cases):
+        rows[case].append(row)
+    drawn = [rows[names[i]] for i in torch.randperm(len(names), generator=draw).tolist()]
+    ends = torch.tensor([len(r) for r in drawn]).cumsum(0)
+    whole = int(ends[int((ends < kept).sum())]) if kept else 0
+    return part[torch.tensor([row for r in drawn for row in r])], whole
 
 
 class Bench:
