@@ -290,6 +290,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
         ("dsm", {"optimizer.momentum": 0.9}, "optimizer.momentum"),
         ("dsm", {"optimizer.name": "sgd", "optimizer.nesterov": True}, "optimizer.nesterov"),
         ("dsm", {"optimizer.torch_options": "{amsgrad: true}"}, "optimizer.torch_options"),
+        ("dsm", {"method.error_feedback": True, "codec": "scaled_sign", "exchange.mode": "alltoall"}, "exchange.mode"),
+        ("adamw", {"method.error_feedback": True, "codec": "{name: random_k, ratio: 8, rescale: true}"}, "codec"),
         ("dsm", {"train.accumulate": 3, "train.batch_size": 4}, "train.accumulate"),
         ("dsm", {"method.beta3": 0.1}, "method.beta3"),
     ],

@@ -49,7 +49,12 @@ class TextTask(Task):
         for split, tokens in splits.items():
             if len(tokens) <= options.context:
                 raise RecipeError(
-                    Issue("data.context", f"is longer than the {len(tokens)} tokens of split {split}", options.context, "lower it")
+                    Issue(
+                        "data.context",
+                        f"is longer than the {len(tokens)} tokens of split {split}",
+                        options.context,
+                        "lower it, or give more text",
+                    )
                 )
         self.num_train = (len(splits["train"]) - 1) // options.context
         windows = (len(splits["val"]) - 1) // options.context

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from xutrain import registry
 from xutrain.errors import Issue
 from xutrain.recipe.quantize import DataParallelRecipe
 from xutrain.recipe.schema import Eval, Options, Schedule
@@ -111,6 +112,9 @@ class PretrainRecipe(DataParallelRecipe):
         if getattr(self.method, "clip_by", "max") == "l2" and getattr(self.method, "clip", None) and shards is not None:
             hint = "method.clip_by=max, or method.shards=null"
             found.append(Issue("method.clip_by", "the norm of a tensor is not known to the owner of a part of it", "l2", hint))
+        if getattr(self.method, "error_feedback", False):
+            codec = registry.load("codec", self.codec.name)(self.codec, workers=self.workers)
+            found += registry.load("method", name, verb="pretrain").unsound(self, codec)
         if shards is not None and self.exchange.mode in ("alltoall", "auto"):
             found.append(Issue("exchange.mode", "shards have their own exchange", self.exchange.mode, "leave exchange.mode out"))
         return found

@@ -22,17 +22,16 @@ from torch import Tensor
 
 from xutrain.engine.base_optimizers import base_optimizer
 from xutrain.errors import Issue, RecipeError
-from xutrain.methods.base import DataParallel, Setup
+from xutrain.methods.base import Setup
 from xutrain.methods.owners import Owners
-from xutrain.registry import Named
+from xutrain.methods.pretrain.feedback import FeedbackOptions, WithFeedback
 
 
-class RoundOptions(Named):
+class RoundOptions(FeedbackOptions):
     """What every method with local steps understands."""
 
     local_steps: int = Field(12, ge=1, le=10**9, description="tau: steps that each worker takes alone between two global steps")
     gamma: Literal["last", "first", "mean"] = Field("last", description="which of the round's learning rates the global step uses")
-    error_feedback: bool = Field(False, description="send what earlier messages left out as well; for codecs that lose something")
     shards: int | None = Field(
         None, ge=1, description="cut the global state into so many parts, each stepped by one worker; null: kept everywhere"
     )
@@ -50,7 +49,7 @@ class Piece:
     round: int
 
 
-class LocalSteps(DataParallel):
+class LocalSteps(WithFeedback):
     """Base of the methods with local steps. A method says how x_t and D become x_{t+1} (``advance``)."""
 
     #: messages are divided by gamma (D above); else they are plain displacements x_t - x^i
@@ -60,7 +59,6 @@ class LocalSteps(DataParallel):
         super().__init__(options, setup)
         self.points = [self.x.clone() for _ in setup.workers.hosted]
         self.bases = [base_optimizer(setup.optimizer, setup.layout) for _ in setup.workers.hosted]  # type: ignore[arg-type]
-        self.error = [torch.zeros_like(self.x) for _ in setup.workers.hosted] if options.error_feedback else []
         self.rates: list[float] = []
         self.skipped = 0
         self.ratio = float("nan")
@@ -118,16 +116,15 @@ class LocalSteps(DataParallel):
     def _global_step(self, messages: list[Tensor], gamma: float, number: int) -> float:
         """x_t becomes x_{t+1}; returns the norm of the averaged displacement."""
         key, unit = self.setup.ctx.key("round", number), gamma if self.divided else 1.0
-        for message, error in zip(messages, self.error, strict=False):
-            message.add_(error)
+        self.add_left_out(messages)
         if self.owners is None:
             result = self.setup.exchange.mean(messages, key, "displacement", want_sent=bool(self.error))
-            self._remember(messages, result.sent)
+            self.keep_left_out(messages, result.sent)
             travelled = float(torch.linalg.vector_norm(result.mean)) * unit
             self.advance(self.x, result.mean, self.memory[0], gamma, Piece(0, self.x.numel(), number))
             return travelled
         means, sent = self.owners.collect(messages, key, "displacement", want_sent=bool(self.error))
-        self._remember(messages, sent)
+        self.keep_left_out(messages, sent)
         norms = self.setup.workers.objects([float(torch.linalg.vector_norm(mean)) for mean in means])
         self.x = self.step_pieces(means, gamma, number)
         return math.hypot(*norms) * unit
@@ -141,10 +138,6 @@ class LocalSteps(DataParallel):
             self.advance(part, mean, memory, gamma, Piece(start, stop, number))
             pieces.append(part)
         return self.owners.share(pieces, "model")
-
-    def _remember(self, messages: list[Tensor], sent: list[Tensor]) -> None:
-        for message, error, decoded in zip(messages, self.error, sent, strict=False):
-            torch.sub(message, decoded, out=error)
 
     def _refuse_round(self, messages: list[Tensor], gamma: float) -> bool:
         """Go back to x_t for all where a worker's message is not finite, or where the method divides by gamma and gamma is 0."""
@@ -176,14 +169,10 @@ class LocalSteps(DataParallel):
         return {**parts, "last average": (up, down)} if left else parts
 
     def notes(self) -> list[str]:
-        total, tau = self.setup.total_steps, self.options.local_steps
-        if total % tau == 0:
-            return []
-        left = total % tau
-        return [
-            f"{total} steps are {total // tau} rounds of {tau} and {left} more: "
-            "these end in a plain average of the workers, without a global step"
-        ]
+        (rounds, left), tau = divmod(self.setup.total_steps, self.options.local_steps), self.options.local_steps
+        end = "these end in a plain average of the workers, without a global step"
+        found = [f"{self.setup.total_steps} steps are {rounds} rounds of {tau} and {left} more: {end}"] if left else []
+        return [*found, *super().notes()]
 
     def diagnostics(self) -> dict[str, float]:
         found = {"rounds_skipped": float(self.skipped)} if self.skipped else {}

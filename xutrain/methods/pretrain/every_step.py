@@ -10,35 +10,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from pydantic import Field
 from torch import Tensor
 
 from xutrain.engine.base_optimizers import base_optimizer
 from xutrain.engine.replica import clip_norm
-from xutrain.methods.base import DataParallel, Setup
-from xutrain.registry import Named, method
+from xutrain.methods.base import Setup
+from xutrain.methods.pretrain.feedback import FeedbackOptions, WithFeedback
+from xutrain.registry import method
 
 
-class EveryStep(DataParallel):
+class EveryStep(WithFeedback):
     """One base optimizer, the same on all workers, fed with the averaged gradient."""
 
     clips_itself = True
 
-    class Options(Named):
-        error_feedback: bool = Field(False, description="send what earlier messages left out as well; for codecs that lose something")
+    class Options(FeedbackOptions):
+        pass
 
     def __init__(self, options: Any, setup: Setup) -> None:
         super().__init__(options, setup)
         self.base = base_optimizer(setup.optimizer, setup.layout)  # type: ignore[arg-type]
-        self.error = [torch.zeros_like(self.x) for _ in setup.workers.hosted] if options.error_feedback else []
 
     def step(self, grads: list[Tensor], lr: float, step: int) -> None:
-        for grad, error in zip(grads, self.error, strict=False):
-            grad.add_(error)
+        self.add_left_out(grads)
         result = self.setup.exchange.mean(grads, self.setup.ctx.key("step", step), want_sent=bool(self.error))
-        for grad, error, sent in zip(grads, self.error, result.sent, strict=False):
-            torch.sub(grad, sent, out=error)
+        self.keep_left_out(grads, result.sent)
         self.base.step(self.x, clip_norm(result.mean, self.setup.recipe.train.clip_norm), lr)
 
     def state(self) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
