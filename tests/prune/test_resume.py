@@ -16,6 +16,7 @@ from prune_model import digest, save, tokens
 from xutrain.engine.workers import Workers
 from xutrain.errors import RecipeError, Stopped, UsageError
 from xutrain.methods.prune.checkpoint import prune_checkpoint
+from xutrain.methods.prune.journal import Journal
 from xutrain.models.shards import Target
 
 METHODS: list[dict[str, Any]] = [
@@ -162,3 +163,27 @@ def test_killed_while_the_journal_begins_or_ends(dense: Path, tmp_path: Path, wh
     report = prune_checkpoint(dense, out, tokens(), batch=2, method="random")
     assert report.already == (when == "ends")
     assert files(out) == files(tmp_path / "whole")
+
+
+def test_killed_between_the_journal_and_the_hidden_states(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older hidden states are still there: one layer is done again, not all of them."""
+    prune_checkpoint(dense, tmp_path / "whole", tokens(), batch=2)
+    done: list[int] = []
+    save_hidden, add = Journal.save_hidden, Journal.add
+
+    def killed(self: Journal, layer: int, hidden: torch.Tensor) -> None:
+        if layer == 2:
+            raise KeyboardInterrupt
+        save_hidden(self, layer, hidden)
+
+    def counted(self: Journal, line: dict[str, Any]) -> None:
+        done.extend([line["layer"]] if "layer" in line else [])
+        add(self, line)
+
+    monkeypatch.setattr(Journal, "save_hidden", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(dense, tmp_path / "parts", tokens(), batch=2)
+    monkeypatch.setattr(Journal, "save_hidden", save_hidden)
+    monkeypatch.setattr(Journal, "add", counted)
+    prune_checkpoint(dense, tmp_path / "parts", tokens(), batch=2)
+    assert done == [1, 2] and files(tmp_path / "parts") == files(tmp_path / "whole")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,18 @@ from xutrain.engine.context import Context
 from xutrain.engine.record import Record, write_json
 from xutrain.engine.rng import Key
 from xutrain.engine.stop import Stop
-from xutrain.errors import DataError, Diverged, Issue, Stopped
+from xutrain.errors import DataError, Diverged, Issue, RecipeError, Stopped
 from xutrain.launch.plan import Forecast
 from xutrain.loops import embedded_mixtral
-from xutrain.methods.prune import cost
-from xutrain.methods.prune.checkpoint import Report, prune_checkpoint
+from xutrain.methods.prune import cost, zero_shot
+from xutrain.methods.prune.checkpoint import Report, copy_companions, prune_checkpoint
 from xutrain.methods.prune.distill import Distiller, masks_of, rate
 from xutrain.methods.prune.distill_layers import distil_layers
 from xutrain.methods.prune.drop import ExpertMethod, drop_experts
 from xutrain.methods.prune.measure import layer_errors, open_forward, perplexity, skip_thresholds, stored_bytes, window_losses
-from xutrain.models.decoder import Decoder
+from xutrain.models.decoder import Decoder, attention_config
 from xutrain.models.moe import Architecture
-from xutrain.models.shards import Source, write_checkpoint
+from xutrain.models.shards import Source, Target
 
 
 def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
@@ -43,12 +44,14 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
     stop = Stop(record.folder, ctx, every=1)
     dense = find_dense(recipe, ctx, record, stop)
     arch = Architecture.read(dense)
+    check(recipe, arch)
     texts = {name: text_windows(recipe, source, dense) for name, source in recipe.evaluation.texts.items()}
     tokens = calibration(recipe, dense)
 
     report = prune(recipe, ctx, record, stop, dense, tokens)
     final = record.folder / "pruned"
-    metrics = {"sparsity": report.sparsity, "expert_error": report.error, "fallbacks": float(len(report.fallbacks))}
+    metrics = {"sparsity": report.sparsity, "fallbacks": float(len(report.fallbacks))}
+    metrics |= {"expert_error": report.error} if any(r["error"] is not None for r in report.experts) else {}
     shape = cost.Shape.of(arch)
     zeros = report.sparsity * shape.expert * shape.experts + report.attention * shape.attention * arch.layers
     metrics["model_sparsity"] = zeros / shape.total
@@ -68,6 +71,20 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
     record.log(arch.layers + more, metrics, split="test")
     write_tables(record, report, dense, final, metrics)
     return metrics
+
+
+def check(recipe: Any, arch: Architecture) -> None:
+    """What would otherwise be found out after hours of pruning. Raises RecipeError or DataError."""
+    e, d = recipe.evaluation, recipe.distill
+    if e.skipping and arch.top_k != 2:
+        raise RecipeError(Issue("evaluation.skipping", f"is for models with two experts a token; this one has {arch.top_k}", True))
+    window = getattr(attention_config(arch), "sliding_window", None)
+    lengths = {"calibration.length": recipe.calibration.length, "evaluation.length": e.length, "distill.length": d.length if d else 0}
+    for key, length in lengths.items():
+        if window and length > window:
+            raise DataError(Issue(key, f"exceeds the model's sliding window of {window} tokens", length, f"at most {window}"))
+    if e.tasks:
+        zero_shot.check(e.tasks, e.task_folder)
 
 
 def forecast(recipe: Any) -> Forecast:
@@ -112,15 +129,23 @@ def find_dense(recipe: Any, ctx: Context, record: Record, stop: Stop) -> Path:
 
 
 def tokenizer_of(recipe: Any, dense: Path) -> Any:
-    own = recipe.calibration.tokenizer
-    return windows.tokenizer(Path(own) if own else None if recipe.model.path is None else dense)
+    """text -> token ids: the checkpoint's own tokenizer; bytes for a model with 256 tokens, as the embedded one."""
+    if (own := recipe.calibration.tokenizer) is not None:
+        return windows.tokenizer(Path(own))
+    return windows.tokenizer(None if Architecture.read(dense).vocab == windows.BYTES else dense)
+
+
+def embedded_tokens(recipe: Any, dense: Path, split: str) -> Tensor:
+    """A split of the embedded text in the model's tokens, (n,)."""
+    text = bytes(windows.embedded()[split].tolist()).decode(errors="replace")
+    return torch.tensor(tokenizer_of(recipe, dense)(text), dtype=torch.int64)
 
 
 def text_windows(recipe: Any, source: str, dense: Path) -> Tensor:
     """Perplexity windows of one text."""
     e = recipe.evaluation
     if source == "embedded":
-        return windows.cut(windows.embedded()["val"], e.length, e.windows, "evaluation.length")
+        return windows.cut(embedded_tokens(recipe, dense, "val"), e.length, e.windows, "evaluation.length")
     return windows.file_windows(Path(source), tokenizer_of(recipe, dense), e.length, e.windows)
 
 
@@ -128,7 +153,7 @@ def calibration(recipe: Any, dense: Path) -> Tensor:
     """Calibration windows; the same for every method of one seed."""
     c, key = recipe.calibration, Key(recipe.seed, "calibration")
     if c.source == "embedded":
-        return windows.draw(windows.embedded()["calibration"], c.samples, c.length, key, "calibration")
+        return windows.draw(embedded_tokens(recipe, dense, "calibration"), c.samples, c.length, key, "calibration")
     return windows.file_samples(Path(c.source), tokenizer_of(recipe, dense), c.samples, c.length, key)
 
 
@@ -161,6 +186,12 @@ def prune(recipe: Any, ctx: Context, record: Record, stop: Stop, dense: Path, to
         save_masks=record.folder / "masks" if recipe.distill else None,
         **common,
     )
+    if (
+        recipe.from_sums
+        and (taken := json.loads((Path(recipe.from_sums) / "sums.json").read_text(encoding="utf-8")))["propagate"] == "pruned"
+    ):
+        cut = f"{taken['sparsity']:g} ({taken['pattern']})"
+        record.note(f"the sums were taken behind layers already cut to sparsity {cut}; propagate=dense sums belong to no sparsity")
     for name in report.fallbacks[:10]:
         record.note(f"too few calibration tokens, cut by magnitude: {name}")
     if len(report.fallbacks) > 10:
@@ -180,10 +211,8 @@ def measured(recipe: Any, ctx: Context, record: Record, what: str, folder: Path,
             known["perplexity" if i == 0 else f"perplexity_{name}"] = perplexity(loss)
         forward.source.close()
         if recipe.evaluation.tasks and what != "dense":
-            from xutrain.methods.prune.zero_shot import zero_shot
-
             e = recipe.evaluation
-            known |= zero_shot(folder, list(e.tasks), str(ctx.device), task_folder=e.task_folder, limit=e.task_limit)
+            known |= zero_shot.zero_shot(folder, list(e.tasks), str(ctx.device), task_folder=e.task_folder, limit=e.task_limit)
         ctx.workers(ctx.processes).barrier()
         if ctx.is_main:
             write_json(kept, known)
@@ -216,7 +245,7 @@ def distil_streamed(recipe: Any, ctx: Context, record: Record, stop: Stop, dense
     d, out, key = recipe.distill, record.folder / "distilled", Key(recipe.seed, "distill")
     layers = Architecture.read(dense).layers
     if d.source == "embedded":
-        tokens = windows.draw(windows.embedded()["train"], d.samples, d.length, key, "distill")
+        tokens = windows.draw(embedded_tokens(recipe, dense, "train"), d.samples, d.length, key, "distill")
     else:
         tokens = windows.file_samples(Path(d.source), tokenizer_of(recipe, dense), d.samples, d.length, key)
 
@@ -258,7 +287,7 @@ def distil(recipe: Any, ctx: Context, record: Record, stop: Stop, dense: Path, p
         distiller.optimizer.load_state_dict(saved.shared["optimizer"])
         distiller.factor = saved.shared["factor"]
     record.rewind(arch.layers + first)
-    text = windows.embedded()["train"] if d.source == "embedded" else None
+    text = embedded_tokens(recipe, dense, "train") if d.source == "embedded" else None
     drawn = (
         None
         if text is not None
@@ -287,11 +316,26 @@ def distil(recipe: Any, ctx: Context, record: Record, stop: Stop, dense: Path, p
         if recipe.checkpoint.every and done % recipe.checkpoint.every == 0 and done < d.steps:
             _save(checkpoints, distiller, done)
     if ctx.is_main:
-        dtype = getattr(torch, arch.dtype)
-        state = {n: t.to(dtype) for n, t in student.state_dict().items() if n in Source(dense)}
-        write_checkpoint(out, state, arch.config)
+        write_like(pruned, out, student.state_dict())
     ctx.workers(ctx.processes).barrier()
     return out
+
+
+def write_like(model: Path, out: Path, state: Mapping[str, Tensor]) -> None:
+    """Write ``state`` with the shards, dtypes and companion files of the checkpoint ``model``; config.json comes last."""
+    source = Source(model)
+    target = Target(out, source.headers)
+    target.create()
+    for name in source.entries:
+        if name in state:
+            target.write(name, state[name])
+        else:
+            target.copy(source, name)
+    target.sync()
+    target.close()
+    source.close()
+    target.write_index()
+    copy_companions(model, out)
 
 
 def _save(checkpoints: Checkpoints, distiller: Distiller, step: int) -> None:

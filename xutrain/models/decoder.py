@@ -22,8 +22,13 @@ def attention_config(arch: Architecture) -> Any:
     """transformers' config object, with the attention kernel that is causal without a mask."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[arch.family.model_type].from_dict(dict(arch.config))
-    config._attn_implementation = "sdpa"
+    try:
+        config = CONFIG_MAPPING[arch.family.model_type].from_dict(dict(arch.config))
+        config._attn_implementation = "sdpa"
+        _class(arch, "RotaryEmbedding")(config=config)
+    except Exception as reason:  # whatever transformers finds wrong with it
+        what = f"transformers refuses it: {type(reason).__name__}: {' '.join(str(reason).split())}"
+        raise DataError(Issue("config.json", what, has_value=False, hint="is this the config.json of the checkpoint?")) from None
     return config
 
 
@@ -95,8 +100,15 @@ class MoE(nn.Module):
         if arch.family.shared_gate:
             self.shared_expert_gate = nn.Linear(arch.hidden, 1, bias=False)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """The router's, (T, n); DeepSeek's works in float32 whatever the model does."""
+        if self.arch.family.model_type != "deepseek_v2":
+            return self.gate(x)  # type: ignore[no-any-return]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), self.gate.weight.to(wide))
+
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return route(self.arch, self.gate(x))
+        return route(self.arch, self.logits(x))
 
     def always(self, x: Tensor) -> Tensor | None:
         """What every token gets besides its routed experts."""
@@ -125,7 +137,7 @@ class Layer(nn.Module):
     def __init__(self, arch: Architecture, index: int, config: Any, experts: bool = True) -> None:
         super().__init__()
         self.arch, self.index = arch, index
-        eps = float(arch.config.get("rms_norm_eps", 1e-6 if arch.family.model_type != "mixtral" else 1e-5))
+        eps = float(config.rms_norm_eps)
         self.self_attn = _class(arch, "Attention")(config, layer_idx=index)
         self.input_layernorm = RMSNorm(arch.hidden, eps)
         self.post_attention_layernorm = RMSNorm(arch.hidden, eps)
@@ -150,6 +162,10 @@ class Layer(nn.Module):
         h = self.attend(h, rotary)
         x = self.post_attention_layernorm(h)
         if not self.sparse:
+            if trace is not None and self.arch.dense:  # one expert that every token reaches
+                flat = x.view(-1, x.shape[-1])
+                ones = flat.new_ones(len(flat), 1)
+                trace.append((flat, torch.zeros_like(ones, dtype=torch.int64), ones, ones))
             return h + self.mlp(x)
         return h + self.block(x.view(-1, x.shape[-1]), trace).view_as(x)
 
@@ -185,7 +201,7 @@ class Decoder(nn.Module):
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(arch.vocab, arch.hidden)
         self.model.layers = nn.ModuleList(Layer(arch, i, config) for i in range(arch.layers))
-        self.model.norm = RMSNorm(arch.hidden, float(arch.config.get("rms_norm_eps", 1e-5)))
+        self.model.norm = RMSNorm(arch.hidden, float(config.rms_norm_eps))
         self.lm_head = nn.Linear(arch.hidden, arch.vocab, bias=False)
         if arch.config.get("tie_word_embeddings"):
             self.lm_head.weight = self.model.embed_tokens.weight

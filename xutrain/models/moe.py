@@ -79,11 +79,21 @@ class Architecture:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: str = "config.json") -> Architecture:
-        """Raises DataError for a model type that is not in the table, with the list of those that are."""
+        """Raises DataError for a model type that is not in the table, with the list of those that are, or for a variant of one
+        whose experts are no plain SwiGLU."""
+        if not isinstance(config, Mapping):
+            raise DataError(Issue(where, "must be a mapping", config, "is this the config.json of the checkpoint?"))
         kind = config.get("model_type")
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise DataError(Issue(where, "model type is not supported by xutrain prune", kind, f"supported: {', '.join(sorted(FAMILIES))}"))
         family = FAMILIES[kind]
+        if (act := config.get("hidden_act") or "silu") not in ("silu", "swish"):
+            raise DataError(Issue(where, "hidden_act is not supported by xutrain prune", act, "supported: silu"))
+        if config.get("mlp_bias"):
+            raise DataError(Issue(where, "MLPs with biases are not supported by xutrain prune", has_value=False, hint="mlp_bias is true"))
+        if config.get("quantization_config"):
+            hint = "dequantize the checkpoint first; pruning works on float64, float32, float16 and bfloat16 weights"
+            raise DataError(Issue(where, "quantized weights are not supported by xutrain prune", has_value=False, hint=hint))
 
         def need(key: str, default: int | None = None) -> int:
             value = config.get(key, default)
@@ -99,7 +109,10 @@ class Architecture:
         if k > experts:
             raise DataError(Issue(where, f"num_experts_per_tok {k} exceeds the {experts} experts", has_value=False))
         layers, hidden, vocab = need("num_hidden_layers"), need("hidden_size"), need("vocab_size")
-        return cls(family, dict(config), layers, hidden, need(family.ffn), experts, k, vocab)
+        arch = cls(family, dict(config), layers, hidden, need(family.ffn), experts, k, vocab)
+        if not arch.pruned_layers:
+            raise DataError(Issue(where, f"none of the {layers} layers has experts", has_value=False, hint="nothing could be pruned"))
+        return arch
 
     @classmethod
     def read(cls, folder: Path) -> Architecture:

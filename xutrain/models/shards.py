@@ -98,9 +98,15 @@ class Source:
             return {}
         try:
             found = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as reason:
+            names = {str(k): str(v) for k, v in found.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
             raise _bad(file, f"is not a safetensors index: {reason!r}") from None
-        return {str(k): str(v) for k, v in found.items()}
+        for name in names.values():
+            if name in ("", ".", "..") or name != Path(name).name:  # the output has the same file names: they must not lead elsewhere
+                raise _bad(file, f"names a shard outside the checkpoint folder: {name}", "shards must lie beside the index")
+        if not names:
+            raise _bad(file, "names no tensor", "download the checkpoint again")
+        return names
 
     def _header(self, file: str) -> None:
         path = self.folder / file
@@ -120,8 +126,12 @@ class Source:
             for name, spec in header.items():
                 if name != "__metadata__":
                     start, stop = (8 + length + int(n) for n in spec["data_offsets"])
-                    self.entries[name] = Entry(name, file, spec["dtype"], tuple(spec["shape"]), start, stop)
-        except (ValueError, KeyError, TypeError) as reason:
+                    shape = tuple(int(n) for n in spec["shape"])
+                    dtype = DTYPES.get(spec["dtype"])
+                    if not 8 + length <= start <= stop or (dtype and math.prod(shape) * dtype.itemsize != stop - start):
+                        raise ValueError(f"tensor {name} of shape {shape} has data_offsets {spec['data_offsets']}")
+                    self.entries[name] = Entry(name, file, spec["dtype"], shape, start, stop)
+        except (ValueError, KeyError, TypeError, AttributeError) as reason:
             raise _bad(path, f"is not a safetensors file: {reason!r}") from None
         needed = max((e.stop for e in self.entries.values() if e.file == file), default=8 + length)
         if size < needed:

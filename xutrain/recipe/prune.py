@@ -127,6 +127,14 @@ class PruneRecipe(Recipe):
         if self.distill is not None and self.distill.mode == "layers" and self.distill.inputs != "teacher":
             hint = "set distill.inputs=teacher: no gradient crosses layers in this mode"
             found.append(Issue("distill.inputs", "distill.mode=layers compares experts on the teacher's hidden states", "own", hint))
+        whole = self.method.name in ("naee", "reap", "ean", "frequency")
+        if whole and self.distill is not None:
+            found.append(Issue("distill", f"method {self.method.name} drops whole experts and leaves no masks to keep", has_value=False))
+        if whole and (self.rescale or self.save_sums or self.from_sums or self.pattern != "unstructured"):
+            what = "rescale, save_sums, from_sums and pattern are for methods that prune weights"
+            found.append(Issue("method.name", what, self.method.name, "leave them out, or choose moe_pruner, wanda, path, ..."))
+        if self.from_sums and (self.rescale or self.save_sums):
+            found.append(Issue("from_sums", "no tokens are seen, as rescale and save_sums need", self.from_sums, "leave them out"))
         if self.targets == "experts+attn":
             if self.method.name in ("sparsegpt", "naee", "reap", "ean", "frequency"):
                 hint = "wanda, moe_pruner, path, magnitude and random prune attention too"

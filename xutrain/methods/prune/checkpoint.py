@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xutrain.engine.rng import Key
 from xutrain.engine.workers import Workers
-from xutrain.errors import DataError, Issue, Stopped, UsageError
+from xutrain.errors import DataError, Issue, RecipeError, Stopped, UsageError
 from xutrain.methods.prune import attention
 from xutrain.methods.prune.base import Routing, WeightMethod
 from xutrain.methods.prune.expert import Outcome, Row, decide, prune_expert, share_dropped, store
@@ -109,12 +109,18 @@ def prune_checkpoint(
 
     Raises:
         DataError: a damaged checkpoint, tokens outside the vocabulary. UsageError: the output folder is taken.
-        RecipeError: an impossible pattern. Failed: the disk is full.
+        RecipeError: an impossible pattern or option. Failed: the disk is full.
     """
     source_folder, target_folder = Path(folder), Path(out)
+    check_options(
+        batch, chunk, save_every, compute,
+        propagate=(propagate, ("pruned", "dense")), targets=(targets, ("experts", "experts+attn")),
+    )  # fmt: skip
+    if from_sums and (rescale or targets != "experts" or save_sums):
+        name = "rescale" if rescale else "save_sums" if save_sums else "targets"
+        raise RecipeError(Issue("from_sums", f"no tokens are seen, as {name} needs", has_value=False, hint=f"leave {name} out"))
     check_folders(source_folder, target_folder)
     arch, source = Architecture.read(source_folder), Source(source_folder)
-    source.need(n for layer in range(arch.layers) for n in arch.expert_names(layer))
     how = Pattern.parse(pattern, sparsity)
     for role, columns in (("gate", arch.hidden), ("down", arch.ffn)):
         how.check(columns, arch.expert_name(arch.pruned_layers[0], 0, role))
@@ -123,6 +129,7 @@ def prune_checkpoint(
     known = {"method": part.options.model_dump(), "pattern": how.name, "sparsity": how.sparsity, "propagate": propagate, "rescale": rescale}
     known |= {"seed": seed, "batch": batch, "chunk": chunk, "compute": str(compute), "from_sums": str(from_sums) if from_sums else None}
     known |= {"targets": targets} if targets != "experts" else {}
+    known |= {key: True for key, folder in (("save_sums", save_sums), ("save_masks", save_masks)) if folder}
     journal = Journal(target_folder, identity(source, tokens, known))
     if (done := journal.finished()) is not None:
         return Report(target_folder, done["experts"], done["layers"], already=True, attention=done.get("attention", 0.0))
@@ -162,8 +169,23 @@ def check_folders(source: Path, out: Path) -> None:
         raise UsageError(Issue("out", "the output folder is the input checkpoint, or lies inside or around it", str(out), hint))
 
 
+def check_options(batch: int, chunk: int, save_every: int, compute: torch.dtype, **choices: tuple[str, tuple[str, ...]]) -> None:
+    """Raises RecipeError for an argument that cannot be; ``choices``: name -> (given, allowed)."""
+    for name, value in (("batch", batch), ("chunk", chunk), ("save_every", save_every)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise RecipeError(Issue(name, "must be a positive integer", value))
+    if compute not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise RecipeError(Issue("compute", "must be a floating-point dtype of torch", compute, "torch.float32, or torch.bfloat16"))
+    for name, (given, allowed) in choices.items():
+        if given not in allowed:
+            raise RecipeError(Issue(name, f"must be {' or '.join(allowed)}", given))
+
+
 def check_tokens(tokens: Tensor, arch: Architecture) -> None:
     """Raises DataError for calibration tokens that cannot be."""
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        found = f"{tokens.dtype} tensor" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise DataError(Issue("calibration", "token ids must be a tensor of integers, (sequences, length)", found))
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise DataError(Issue("calibration", "needs at least one sequence of two tokens", tuple(tokens.shape)))
     low, high = int(tokens.min()), int(tokens.max())
@@ -210,9 +232,9 @@ class _Run:
             self.target.sync()
             self.workers.barrier()
             if self.main:
+                self.journal.add({"layer": index, "experts": [r.as_dict() for r in rows], "load": load, "attention": cut})
                 if self.reader is None and (index + 1) % self.save_every == 0 and index + 1 < self.arch.layers:
                     self.journal.save_hidden(index + 1, hidden)
-                self.journal.add({"layer": index, "experts": [r.as_dict() for r in rows], "load": load, "attention": cut})
             stop = self.progress is not None and self.progress(index + 1, self.arch.layers)
             if self.workers.any(stop) and index + 1 < self.arch.layers:
                 raise Stopped(Issue(str(self.journal.out), f"stopped after layer {index + 1} of {self.arch.layers}", has_value=False))
@@ -286,7 +308,7 @@ class _Run:
         )
         self.write(layer, e, outcome.matrices, outcome.masks)
         if self.writer is not None:
-            self.writer.add(e, outcome.sums, outcome.row.tokens)
+            self.writer.add(e, outcome.sums, outcome.row.tokens, outcome.counted)
         return outcome
 
     def from_sums(self, layer: int) -> list[Row]:
@@ -297,9 +319,9 @@ class _Run:
             if e % self.workers.processes == self.workers.rank:
                 stored = self.forward.stored(layer, e)
                 expert = self.forward.computing(stored)
-                sums, tokens = self.reader.expert(layer, e)
+                sums, tokens, counted = self.reader.expert(layer, e)
                 on = {k: v.to(expert.gate) for k, v in sums.items()}
-                cut, fallback = decide(self.method, expert, on, tokens, self.pattern, Key(self.seed, "prune", layer, e))
+                cut, fallback = decide(self.method, expert, on, counted, self.pattern, Key(self.seed, "prune", layer, e))
                 self.write(layer, e, store(cut, stored), cut.masks)
                 rows.append(Row(layer, e, tokens, None, fallback, share_dropped(cut.masks), None))
         return self.everyone(rows)
@@ -327,8 +349,8 @@ class _Run:
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Config, tokenizer and generation files: everything small that is not a weight file."""
-    for file in sorted(source.iterdir()):
+    """Config, tokenizer and generation files: everything small that is not a weight file; config.json last."""
+    for file in sorted(source.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5") or file.name.endswith(".index.json")
         if file.is_file() and not weights and not file.name.startswith(".") and file.name != "pruning.json":
             shutil.copyfile(file, out / file.name)

@@ -109,9 +109,9 @@ class _Run:
             self.target.sync()
             self.workers.barrier()
             if main:
+                self.journal.add({"layer": index, "experts": rows})
                 if (index + 1) % save_every == 0 and index + 1 < self.arch.layers:
                     self.journal.save_hidden(index + 1, hidden)
-                self.journal.add({"layer": index, "experts": rows})
             stop = progress is not None and progress(index + 1, self.arch.layers)
             if self.workers.any(stop) and index + 1 < self.arch.layers:
                 what = f"stopped after distilling layer {index + 1} of {self.arch.layers}"

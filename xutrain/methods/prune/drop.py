@@ -9,6 +9,7 @@ Streamed and journalled like the weight pruning. A method chooses the experts th
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ from pydantic import Field
 from torch import Tensor
 
 from xutrain.engine.workers import Workers
-from xutrain.errors import Issue, RecipeError, Stopped
+from xutrain.errors import DataError, Issue, RecipeError, Stopped
 from xutrain.methods.prune.base import ROLES, Routing, Tokens
-from xutrain.methods.prune.checkpoint import Progress, Report, check_folders, check_tokens, copy_companions
+from xutrain.methods.prune.checkpoint import Progress, Report, check_folders, check_options, check_tokens, copy_companions
 from xutrain.methods.prune.expert import gated_output
 from xutrain.methods.prune.forward import Forward
 from xutrain.methods.prune.journal import Journal, identity
@@ -49,7 +50,10 @@ class LayerView:
             index, weight = self.routing.routed(e)
             ones = Tokens(index, torch.ones_like(weight))
             out = gated_output(self.forward.read(self.index, e), self.x, ones, self.forward.chunk)
-            mine[e] = float(value(weight.double(), out.double()))
+            mine[e] = number = float(value(weight.double(), out.double()))
+            if not math.isfinite(number):
+                name = self.forward.arch.expert_name(self.index, e, "gate").rsplit(".", 2)[0]
+                raise DataError(Issue(name, "outputs are not finite during calibration", has_value=False))
         found = {e: v for block in workers.objects([mine]) for e, v in block.items()}
         return torch.tensor([found[e] for e in sorted(found)], dtype=torch.float64)
 
@@ -104,9 +108,9 @@ def drop_experts(
         RecipeError: fewer experts than the router uses per token, or a model without experts or with expert groups.
     """
     source_folder, target_folder = Path(folder), Path(out)
+    check_options(batch, chunk, save_every, compute, propagate=(propagate, ("pruned", "dense")))
     check_folders(source_folder, target_folder)
     arch, source = Architecture.read(source_folder), Source(source_folder)
-    source.need(n for layer in range(arch.layers) for n in arch.expert_names(layer))
     part = method if isinstance(method, ExpertMethod) else _expert_method(method)
     _check(arch, part.keep)
     check_tokens(tokens, arch)
@@ -191,9 +195,9 @@ def _run(
         target.sync()
         workers.barrier()
         if workers.rank == 0:
+            journal.add({"layer": index, "experts": [], "load": load})
             if (index + 1) % save_every == 0 and index + 1 < arch.layers:
                 journal.save_hidden(index + 1, hidden)
-            journal.add({"layer": index, "experts": [], "load": load})
         stop = progress is not None and progress(index + 1, arch.layers)
         if workers.any(stop) and index + 1 < arch.layers:
             raise Stopped(Issue(str(journal.out), f"stopped after layer {index + 1} of {arch.layers}", has_value=False))

@@ -6,6 +6,7 @@ process computes the expert, or on whether the run was interrupted before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
@@ -42,13 +43,15 @@ class Row:
 
 @dataclass
 class Outcome:
-    """Pruned matrices in the stored dtype, the gated output of the routed tokens (t, d), the sums, the report's row."""
+    """Pruned matrices in the stored dtype, the gated output of the routed tokens (t, d), the sums, the report's row, and how many
+    tokens the method counted."""
 
     matrices: dict[str, Tensor]
     masks: dict[str, Tensor]
     output: Tensor
     sums: dict[str, Tensor]
     row: Row
+    counted: int
 
 
 def chunks(expert: Expert, x: Tensor, tokens: Tokens, size: int) -> Iterator[Chunk]:
@@ -123,9 +126,11 @@ def prune_expert(
     pruned = forward_form(cut, expert, matrices)
     output = gated_output(pruned, x, routed, chunk)
     whole = float(dense.double().norm())
+    if not math.isfinite(whole):
+        raise _not_finite(name)
     error = float((dense - output).double().norm()) / whole if whole > 0 else None
     row = Row(layer, e, len(routed.index), float(routed.weight.double().sum()), fallback, share_dropped(cut.masks), error)
-    return Outcome(matrices, cut.masks, dense if propagate == "dense" else output, sums, row)
+    return Outcome(matrices, cut.masks, dense if propagate == "dense" else output, sums, row, len(chosen.index))
 
 
 def decide(method: WeightMethod, expert: Expert, sums: Mapping[str, Tensor], tokens: int, pattern: Pattern, key: Key) -> tuple[Cut, bool]:
@@ -158,5 +163,9 @@ def share_dropped(masks: Mapping[str, Tensor]) -> float:
 
 def _check_finite(sums: Mapping[str, Tensor], name: str) -> None:
     if not all(bool(torch.isfinite(s).all()) for s in sums.values()):
-        hint = "a damaged checkpoint, or activations beyond float32; try compute=float32"
-        raise DataError(Issue(name, "activations are not finite during calibration", hint=hint, has_value=False))
+        raise _not_finite(name)
+
+
+def _not_finite(name: str) -> DataError:
+    hint = "a damaged checkpoint, or activations beyond float32; try compute=float32"
+    return DataError(Issue(name, "activations are not finite during calibration", hint=hint, has_value=False))

@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 
 from xutrain.engine.workers import Workers
+from xutrain.errors import DataError, Issue
 from xutrain.methods.prune.base import ROLES, Expert, Routing
+from xutrain.models import fits
 from xutrain.models.decoder import Layer, Rotary, attention_config, load_layer, route
 from xutrain.models.moe import Architecture
 from xutrain.models.shards import Source
+
+
+def finite(tensor: Tensor, name: str, what: str) -> Tensor:
+    """The tensor itself. Raises DataError when one of its numbers is not finite: their sum is not, either."""
+    if not bool(torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))):
+        raise DataError(Issue(name, what, has_value=False, hint="a damaged checkpoint, or numbers beyond the compute dtype"))
+    return tensor
 
 
 class Forward:
@@ -30,6 +39,7 @@ class Forward:
         self.arch, self.source, self.workers = arch, source, workers
         self.compute, self.device, self.batch, self.chunk = compute, device, batch, chunk
         self.config = attention_config(arch)
+        fits.check(arch, self.config, source)
         self.rotary = Rotary(arch, self.config, device)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -40,8 +50,9 @@ class Forward:
         return load_layer(self.arch, self.source, index, self.config, self.compute, self.device)
 
     def stored(self, layer: int, expert: int) -> Expert:
-        """One expert as the checkpoint has it."""
-        return Expert(*(self.source.read(self.arch.expert_name(layer, expert, r)) for r in ROLES))
+        """One expert as the checkpoint has it. Raises DataError for a weight that is not finite."""
+        names = [self.arch.expert_name(layer, expert, r) for r in ROLES]
+        return Expert(*(finite(self.source.read(name), name, "has a weight that is not finite") for name in names))
 
     def computing(self, stored: Expert) -> Expert:
         """The same in the dtype and on the device of the forward pass."""
@@ -51,7 +62,10 @@ class Forward:
         return self.computing(self.stored(layer, expert))
 
     def attend(self, layer: Layer, hidden: Tensor) -> Tensor:
-        """Attention, residual, and what every token gets, in place; returns the experts' input (n s, d)."""
+        """Attention, residual, and what every token gets, in place; returns the experts' input (n s, d).
+
+        Raises DataError for hidden states that are not finite, naming the layer.
+        """
         starts = list(range(0, len(hidden), self.batch))
         share = -(-len(starts) // self.workers.processes)
         mine = starts[self.workers.rank * share : (self.workers.rank + 1) * share]
@@ -70,7 +84,7 @@ class Forward:
             span = slice(mine[0], mine[-1] + self.batch) if mine else slice(0, 0)
             for whole in (hidden, x):
                 whole.copy_(torch.cat(self.workers.gather([whole[span].clone()])))
-        return x.view(-1, self.arch.hidden)
+        return finite(x, self.arch.layer_prefix(layer.index).rstrip("."), "hidden states are not finite").view(-1, self.arch.hidden)
 
     def route(self, layer: Layer, x: Tensor, allowed: list[int] | None = None) -> Routing:
         """The router's decision for x (T, d); ``allowed``: the router as if only these experts existed (NAEE)."""
@@ -79,7 +93,7 @@ class Forward:
             return Routing(torch.zeros_like(ones, dtype=torch.int64), ones, ones)
         parts = []
         for piece in x.split(self.chunk):
-            logits = layer.block.gate(piece)
+            logits = layer.block.logits(piece)
             if allowed is not None:
                 others = [e for e in range(self.arch.experts) if e not in allowed]
                 logits[:, others] = -torch.inf

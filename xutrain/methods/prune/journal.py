@@ -100,7 +100,8 @@ class Journal:
         return [last[n] for n in sorted(last)]
 
     def save_hidden(self, layer: int, hidden: Tensor) -> None:
-        """Keep the hidden states that ``layer`` starts from; the older ones go."""
+        """Keep the hidden states that ``layer`` starts from; the older ones go. Called after ``add`` of the layer before it: a kill
+        between the two leaves the older states, from which one layer is done again."""
         aside = self.folder / f"hidden-{layer:04d}.tmp"
         shutil.rmtree(aside, ignore_errors=True)
         target = Target(aside, {SINGLE: header_of({"hidden": (CODES[hidden.dtype], tuple(hidden.shape))})})

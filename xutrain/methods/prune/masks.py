@@ -34,6 +34,8 @@ class Pattern:
     def parse(cls, text: str, sparsity: float = 0.5, where: str = "pattern") -> Pattern:
         """``unstructured`` with a sparsity, or ``n:m``. Raises RecipeError for anything else."""
         if text == "unstructured":
+            if not 0 <= sparsity <= 1:
+                raise RecipeError.at("sparsity", "must lie between 0 and 1", value=sparsity, hint="the share of weights that goes")
             return cls(sparsity)
         match = re.fullmatch(r"(\d+):(\d+)", text)
         if match is None or not 0 <= int(match[1]) <= int(match[2]) or int(match[2]) == 0:

@@ -52,9 +52,9 @@ def window_losses(forward: Forward, windows: Tensor, skip: list[float] | None = 
 
             forward.add_experts(hidden, routing, output)
     read = forward.source.read
-    norm = RMSNorm(forward.arch.hidden, float(forward.arch.config.get("rms_norm_eps", 1e-5)))
+    norm = RMSNorm(forward.arch.hidden, float(forward.config.rms_norm_eps))
     norm.weight.data = read("model.norm.weight").to(hidden)
-    head = read("lm_head.weight" if "lm_head.weight" in forward.source else "model.embed_tokens.weight").to(hidden)
+    head = read("model.embed_tokens.weight" if forward.config.tie_word_embeddings else "lm_head.weight").to(hidden)
     losses = [
         F.cross_entropy((norm(h[:-1]) @ head.T).float(), w[1:].to(h.device)).double().cpu() for h, w in zip(hidden, windows, strict=True)
     ]
@@ -105,7 +105,7 @@ def layer_errors(dense: Forward, pruned: Forward, windows: Tensor) -> list[float
         def lost(e: int, index: int = index, x: Tensor = x, routing: object = routing) -> Tensor:
             tokens = Tokens(*routing.routed(e))  # type: ignore[attr-defined]
             y = gated_output(dense.read(index, e), x, tokens, dense.chunk)
-            return torch.stack([y, y - gated_output(pruned.read(index, e), x, tokens, dense.chunk)], 1).view(len(y), -1)
+            return torch.cat([y, y - gated_output(pruned.read(index, e), x, tokens, dense.chunk)], 1)
 
         flat_whole, flat_wrong = whole.view(-1, dense.arch.hidden), wrong.view(-1, dense.arch.hidden)
         for start in range(0, dense.arch.experts, dense.workers.processes):
@@ -117,7 +117,7 @@ def layer_errors(dense: Forward, pruned: Forward, windows: Tensor) -> list[float
                     flat_whole[at] += pair[:, : x.shape[1]]
                     flat_wrong[at] += pair[:, x.shape[1] :]
         hidden += whole
-        found.append(float(wrong.double().norm() / whole.double().norm()))
+        found.append(float(wrong.double().norm() / whole.double().norm().clamp_min(1e-300)))
     return found
 
 

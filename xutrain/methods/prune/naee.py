@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from xutrain.errors import Issue, RecipeError
+from xutrain.errors import DataError, Issue, RecipeError
 from xutrain.methods.prune.base import Routing
 from xutrain.methods.prune.drop import ExpertMethod, LayerView
 from xutrain.models.decoder import route
@@ -47,13 +47,15 @@ class NAEE(ExpertMethod):
         totals = dict.fromkeys(subsets, 0.0)
         for x in view.x.split(self.options.batch_tokens):  # type: ignore[attr-defined]
             outputs = torch.stack([e(x) for e in experts], 1)  # (t, n, d)
-            logits = view.layer.block.gate(x)
+            logits = view.layer.block.logits(x)
             whole = combine(outputs, Routing(*route(view.forward.arch, logits)))
             for subset in subsets:
                 others = [e for e in range(n) if e not in subset]
                 masked = logits.index_fill(1, torch.tensor(others, dtype=torch.int64, device=logits.device), -torch.inf)
                 kept = combine(outputs, Routing(*route(view.forward.arch, masked)))
                 totals[subset] += float((whole - kept).double().norm())
+            if not math.isfinite(sum(totals.values())):
+                raise DataError(Issue(f"layer {view.index}", "outputs of experts are not finite during calibration", has_value=False))
         return totals
 
 

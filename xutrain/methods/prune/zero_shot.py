@@ -11,6 +11,16 @@ from xutrain.errors import DataError, Issue
 PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "piqa", "rte", "winogrande")
 
 
+def check(tasks: list[str], task_folder: str | None) -> None:
+    """Raises DataError without the extra or the folder; asked before the pruning too."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise DataError(Issue("evaluation.tasks", "lm-eval is not installed", tasks, "pip install 'xutrain[eval]'")) from None
+    if task_folder is not None and not Path(task_folder).is_dir():
+        raise DataError(Issue("evaluation.task_folder", "no such folder", task_folder, "a folder with lm-eval task files (*.yaml)"))
+
+
 def zero_shot(folder: Path, tasks: list[str], device: str, *, task_folder: str | None = None, limit: int | None = None) -> dict[str, float]:
     """Accuracy (not length-normalised) of each task, and their mean.
 
@@ -22,13 +32,10 @@ def zero_shot(folder: Path, tasks: list[str], device: str, *, task_folder: str |
         DataError: without the extra, for an unknown task, a task without accuracy, or data that cannot be had.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise DataError(Issue("evaluation.tasks", "lm-eval is not installed", tasks, "pip install 'xutrain[eval]'")) from None
-    if task_folder is not None and not Path(task_folder).is_dir():
-        raise DataError(Issue("evaluation.task_folder", "no such folder", task_folder, "a folder with lm-eval task files (*.yaml)"))
+    check(tasks, task_folder)
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     manager = None if task_folder is None else TaskManager(include_path=task_folder, include_defaults=False)
     if manager is None or any(t not in manager.all_tasks for t in tasks):  # lm-eval's own index takes it half a minute
         manager = TaskManager(include_path=task_folder)
