@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,7 +147,7 @@ def test_a_slow_party_takes_longer_steps_and_fewer_of_them(tmp_path):
 
 def test_step_sizes_make_up_for_the_period_that_was_seen(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("xutrain.methods.vertical.transports.rounds.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("xutrain.methods.vertical.transports.rounds.time", SimpleNamespace(monotonic=lambda: now[0]))
     rates = Rates(0.01, longest=0.025)
     for tick in range(60):
         now[0] = 0.1 * tick

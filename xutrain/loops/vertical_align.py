@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import queue
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ import numpy as np
 
 from xutrain.errors import DataError, Failed, Issue
 from xutrain.loops.vertical_job import job_hash
-from xutrain.loops.vertical_party import Say
+from xutrain.loops.vertical_party import PING_S, Say
 from xutrain.methods.vertical.psi import Blinder, split, to_point
 from xutrain.methods.vertical.transports.identity import Identity
 from xutrain.methods.vertical.transports.link import Link
 from xutrain.methods.vertical.transports.wire import Envelope, Refused
+
+CHUNK = 4096  #: ids in one message: a quarter of a second of work, and far below the limits of size and time of a message
 
 
 class Alignment:
@@ -26,7 +28,8 @@ class Alignment:
         self.recipe, self.party, self.ids, self.say = recipe, party, ids, say
         self.names: list[str] = recipe.party_names
         self.blinder = Blinder()
-        self.came_home: queue.Queue[list[bytes]] = queue.Queue()
+        self.others = [p for p in self.names if p != party]
+        self.coming: dict[str, list[bytes]] = {p: [] for p in self.others}
         self.finished: dict[str, list[bytes]] = {}
         self.thanked: set[str] = set()
         network = recipe.network
@@ -43,7 +46,7 @@ class Alignment:
         )
 
     def handle(self, e: Envelope) -> Envelope:
-        """A list on its way round ("blind": one more exponent, number counts them), or a finished list ("blinded")."""
+        """Part of a list on its way round ("blind": one more exponent, number counts them), or of a finished list ("blinded")."""
         if e.kind == "ping":
             return Envelope("ping")
         if e.kind == "done":
@@ -53,9 +56,14 @@ class Alignment:
         if e.kind == "blind":
             if e.number >= len(self.names):
                 raise Refused("a list that went round more than once")
-            return Envelope("blind", number=e.number + 1, values=_packed(self.blinder.blind(points)))
+            try:
+                return Envelope("blind", number=e.number + 1, values=_packed(self.blinder.blind(points)))
+            except ValueError as reason:
+                raise Refused(f"no point of the curve: {reason}") from None
         if e.kind == "blinded":
-            self.finished[e.sender] = points
+            self.coming[e.sender] += points
+            if len(self.coming[e.sender]) == e.facts.get("of"):
+                self.finished[e.sender] = self.coming[e.sender]
             return Envelope("ping")
         raise Refused(f"{e.kind} has no place in an alignment")
 
@@ -71,20 +79,20 @@ class Alignment:
         """Common ids in the agreed order, and sizes. Raises DataError where nothing is common, Failed where a party is away."""
         self.link.start()
         try:
-            others = [p for p in self.names if p != self.party]
-            self._wait_for(others)
+            self._wait_for(self.others)
             mine = self.blinder.blind([to_point(i, self.recipe.network.run) for i in self.ids])
-            for hop, p in enumerate(others):  # every other party raises the list once; it never sees the ids or another list's order
-                reply = self._ask(p, Envelope("blind", number=hop + 1, values=_packed(mine)))
-                mine = self._points(reply)
+            for hop, p in enumerate(self.others):  # every other party raises the list once; it never sees the ids or another list's order
+                replies = [self._ask(p, Envelope("blind", number=hop + 1, values=_packed(part))) for part in _parts(mine)]
+                mine = [point for reply in replies for point in self._points(reply)]
                 if len(mine) != len(self.ids):
                     raise Failed(Issue(p, "returned another number of ids than it was sent", len(mine)))
-            for p in others:
-                self._ask(p, Envelope("blinded", values=_packed(sorted(mine))))
-            self._until(lambda: all(p in self.finished for p in others), "finished lists")
-            for p in others:
+            for p in self.others:
+                for part in _parts(sorted(mine)):
+                    self._ask(p, Envelope("blinded", values=_packed(part), facts={"of": len(mine)}))
+            self._until(self.finished, "finished list")
+            for p in self.others:
                 self._ask(p, Envelope("done"))
-            self._until(lambda: all(p in self.thanked for p in others), "thanks")
+            self._until(self.thanked, "thanks")
         finally:
             self.link.close()
         common = set(mine).intersection(*map(set, self.finished.values()))
@@ -119,12 +127,27 @@ class Alignment:
         except ConnectionError as reason:
             raise Failed(Issue("align", f"{p}: {reason}", has_value=False, hint="start align again at all parties")) from None
 
-    def _until(self, there: Any, what: str) -> None:
-        until = time.monotonic() + self.recipe.network.patience_s
-        while not there():
-            if time.monotonic() > until:
-                raise Failed(Issue("align", f"no {what} from all parties within {self.recipe.network.patience_s:g} s", has_value=False))
+    def _until(self, have: Collection[str], what: str) -> None:
+        """Wait for something from every other party, as long as those that still owe it are there: a long list takes its time."""
+        alive = asked = time.monotonic()
+        while missing := [p for p in self.others if p not in have]:
+            now = time.monotonic()
+            if now - asked > PING_S:
+                asked = now
+                try:
+                    for p in missing:
+                        self.link.ask(p, Envelope("ping"), timeout_s=2.0)
+                    alive = time.monotonic()
+                except ConnectionError as reason:
+                    if now - alive > self.recipe.network.patience_s:
+                        raise Failed(Issue("align", f"no {what} from {', '.join(missing)}: {reason}", has_value=False)) from None
             time.sleep(0.02)
+
+
+def _parts(points: list[bytes]) -> Iterator[list[bytes]]:
+    """A list in pieces of one message each; one empty piece of an empty list."""
+    for at in range(0, max(1, len(points)), CHUNK):
+        yield points[at : at + CHUNK]
 
 
 def _packed(points: list[bytes]) -> np.ndarray:
