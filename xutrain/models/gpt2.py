@@ -35,6 +35,9 @@ class Gpt2:
             None, ge=2, description="rows of the embedding, at least the data's tokens; null: the data's (nanoGPT pads to 50304)"
         )
         bias: bool = Field(False, description="biases in linear layers and layer norms (released GPT-2: true, nanoGPT's runs: false)")
+        activation: Literal["gelu_new", "gelu"] = Field(
+            "gelu_new", description="gelu_new: tanh approximation, as in released GPT-2; gelu: the exact one, as in nanoGPT"
+        )
         dropout: float = Field(0.0, ge=0, lt=1, description="dropout of embeddings, attention and residuals")
 
     @staticmethod
@@ -82,6 +85,7 @@ def _module(layers: int, heads: int, width: int, context: int, vocabulary: int, 
         n_embd=width,
         n_layer=layers,
         n_head=heads,
+        activation_function=options.activation,
         resid_pdrop=options.dropout,
         embd_pdrop=options.dropout,
         attn_pdrop=options.dropout,
