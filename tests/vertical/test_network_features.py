@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.vertical.conftest import run_through
 from tests.vertical.party_jobs import join, network_job, run_parties, start_party
 from tests.vertical.vertical_sums import objective
 from xutrain.errors import RecipeError
+from xutrain.loops import vertical
 from xutrain.methods.vertical.transports.rounds import Rates
 from xutrain.recipe.load import from_dict
 
@@ -85,6 +87,28 @@ def test_two_dominators_in_lock_step(tmp_path, estimator):
     raw = base(method={"name": "vfb2", "estimator": estimator}, labels=["mean", "worst"], train={"epochs": 3, "lr": 0.02})
     results, _ = run_parties(network_job(tmp_path, raw), tmp_path)
     assert results["mean"]["objective"] == pytest.approx(objective(simulated(raw)), abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("method", "holders", "mode"),
+    [
+        ({"name": "vfb2", "estimator": "svrg"}, ["mean"], "pairwise"),
+        ({"name": "afsvrg", "snapshot": "barrier", "inner": 7}, ["mean", "error", "worst"], "plain"),
+        ({"name": "vfb2", "estimator": "saga"}, ["error", "worst"], "pairwise"),
+    ],
+)
+def test_what_leaves_real_parties_is_the_forecast_to_the_byte(tmp_path, method, holders, mode):
+    raw = base(method=method, labels=holders, security={"mode": mode}, train={"epochs": None, "steps": 23, "batch_size": 29, "lr": 0.01})
+    recipe = network_job(tmp_path, raw)
+    results, _ = run_parties(recipe, tmp_path)
+    assert not any(isinstance(r, BaseException) for r in results.values()), results
+    sent: Counter[str] = Counter()
+    for p in recipe.party_names:
+        for (kind, _), (_, size) in ledger(tmp_path, p).items():
+            sent[kind] += 8 * size
+    evaluation = 2 * 64 * (569 + 1)  # the simulation's observer looks for nothing; real parties send their part, and their norm
+    assert sent.pop("evaluation") == evaluation
+    assert sent == {part: cost["up"] for part, cost in vertical.forecast(from_dict("vertical", raw)).details["parts"].items()}
 
 
 def test_lock_step_of_several_goes_on_after_a_loss(tmp_path):

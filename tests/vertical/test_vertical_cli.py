@@ -96,3 +96,26 @@ def test_real_parties_are_told_what_is_missing(capsys, tmp_path):
     assert "--simulate" in capsys.readouterr().err
     assert run(["vertical", "train", "--config", "fd_svrg", "--simulate", "--out", str(tmp_path)]) == 2
     assert "method=vfb2" in capsys.readouterr().err
+
+
+def test_all_parties_as_processes_of_this_machine(capsys, tmp_path):
+    pytest.importorskip("grpc")
+    pytest.importorskip("cryptography")
+    words = [
+        "--simulate",
+        "--config",
+        "vfb2",
+        "labels=[error]",
+        "train.epochs=2",
+        "eval.every_epochs=null",
+        "network.patience_s=200",
+        "--out",
+        str(tmp_path),
+    ]
+    code, found = result(capsys, "vertical", "train", *words)
+    assert (code, found["status"]) == (0, "done")
+    assert found["metrics"]["train_auc"] > found["metrics"]["auc_alone_error"]
+    models = [json.loads((tmp_path / p / f"model.{p}.json").read_text()) for p in ("mean", "error", "worst")]
+    assert len({m["job"] for m in models}) == len({m["rows"] for m in models}) == 1
+    line = json.loads((tmp_path / "worst" / "ledger.worst.jsonl").read_text().splitlines()[0])
+    assert (line["from"], line["to"]) == ("worst", "error")
