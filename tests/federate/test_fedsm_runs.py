@@ -151,6 +151,7 @@ def test_what_a_run_leaves(alone: Any) -> None:
     summary = json.loads((artefacts / "dice.json").read_text())
     assert summary["synthetic"] and len(summary["cases"]) == 12 and len(summary["selector"]) == 4
     assert set(summary["sites"][0]["dice"]) == {"count", "mean", "q1", "median", "q3"}
+    assert {r["hd95_mm"] for r in rows} == {""} and any(r["hd95"] for r in rows), "generated images have no millimetres"
     cases = list(csv.DictReader((artefacts / "cases.csv").open()))
     whole, mean = ([float(row[key]) for row in cases] for key in ("whole", "mean"))
     assert whole == pytest.approx(mean, abs=1e-6), "one image a case: the same Dice"
@@ -258,6 +259,9 @@ def test_distances_and_quartiles() -> None:
     moved[0, 0, 2:6, 5:9] = 1
     far = site_tables.hausdorff(moved > 0, truth)
     assert far[0] == [3.0] and far[1][0] != far[1][0]
+    gaps = torch.tensor([[2.0, 0.5], [1.0, 1.0]], dtype=torch.float64)
+    assert site_tables.hausdorff(moved > 0, truth, gaps)[0] == [1.5]
+    assert math.isnan(site_tables.hausdorff(moved > 0, truth, gaps * math.nan)[0][0])
     assert site_tables.quartiles([0.0, 1.0, 2.0, 3.0, 4.0]) == {"count": 5, "mean": 2.0, "q1": 1.0, "median": 2.0, "q3": 3.0}
     assert site_tables.quartiles([])["mean"] is None and site_tables.quartiles([0.5])["q3"] == 0.5
 

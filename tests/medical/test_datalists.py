@@ -109,6 +109,31 @@ def test_orientation_does_not_matter(two: Path) -> None:
     assert torch.equal(plain.scans.images, turned.scans.images) and torch.equal(plain.scans.masks, turned.scans.masks)
 
 
+def test_spacings_of_samples(tmp_path: Path) -> None:
+    """Millimetres between pixels as they are in the samples: turned, resampled, brought to size; of pictures they are not known."""
+    items = []
+    for n in range(3):
+        mask = tiny.ellipsoid((12, 9, 5), 0.5, 0.3)
+        affine = np.array([[0, 0, 3.0, 0], [0.5, 0, 0, 0], [0, 1.5, 0, 0], [0, 0, 0, 1]])  # x of the file goes along y of the person
+        tiny.nifti(tmp_path / "V" / f"i{n}.nii.gz", (mask * 90 + n).astype(np.float32), affine)
+        tiny.nifti(tmp_path / "V" / f"m{n}.nii.gz", mask.astype(np.uint8), affine)
+        tiny.picture(tmp_path / "P" / f"i{n}.png", np.full((16, 16), n, np.uint8))
+        tiny.picture(tmp_path / "P" / f"m{n}.png", tiny.ellipsoid((16, 16)).astype(np.uint8))
+        items.append((f"i{n}", f"m{n}"))
+    for site, end in (("V", "nii.gz"), ("P", "png")):
+        rows = [{"image": f"{i}.{end}", "label": f"{m}.{end}"} for i, m in items]
+        (tmp_path / site / "datalist.json").write_text(json.dumps({"training": rows[:2], "testing": rows[2:]}))
+    whole = build(tmp_path, lists={"V": "V"}, dims=3, size=None)
+    assert whole.input_shape == (1, 9, 12, 5) and whole.split_spacings("test").tolist() == [pytest.approx([1.5, 0.5, 3.0])]
+    sized = build(tmp_path, lists={"V": "V"}, dims=3, size=[17, 12, 9])
+    assert sized.split_spacings("test")[0].tolist() == pytest.approx([0.75, 0.5, 1.5])
+    padded = build(tmp_path, lists={"V": "V"}, size=[24, 24], fit="pad", spacing=[1.5, 1.0, 1.0])
+    assert padded.split_spacings("train")[0].tolist() == pytest.approx([1.0, 1.0])
+    mixed = build(tmp_path, lists={"V": "V", "P": "P"}, size=[16, 16])
+    known = mixed.split_spacings("test").isfinite().all(1)
+    assert known.tolist() == [mixed.site_names[s] == "V" for s in mixed.split_sites("test")]
+
+
 def test_aligned_corners(two: Path) -> None:
     """The resize is linear interpolation with aligned corners, masks are cut at 0.5 after it."""
     from torch.nn.functional import interpolate

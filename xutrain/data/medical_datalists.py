@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -185,7 +186,7 @@ def _loaded(items: list[Item], form: Form, names: tuple[str, ...], patch: tuple[
         sizes.setdefault(shape, item)
         found_in.add(item.split)
         if not problems:
-            yield Block(item.split, names.index(item.site), item.case, found.images, found.masks)
+            yield Block(item.split, names.index(item.site), item.case, found.images, found.masks, found.spacing)
     if problems:
         raise DataError(*problems)
     for split in ("train", "test"):
@@ -205,7 +206,9 @@ def _padded(samples: Tensor, sides: tuple[int, ...]) -> Tensor:
 def _splits(samples: Samples) -> dict[str, Scans]:
     """The samples by split, in the memory that they are mapped to."""
     sites = torch.tensor(samples.sites)
-    whole = Scans(samples.images, samples.masks, sites, samples.cases)
+    unknown = [math.nan] * (samples.images.ndim - 2)
+    spacings = torch.tensor([unknown if s is None else s for s in samples.spacings], dtype=torch.float64)
+    whole = Scans(samples.images, samples.masks, sites, samples.cases, spacings)
     first, found = 0, {}
     for split, count in Counter(samples.splits).items():
         found[split] = whole.part(first, first + count)

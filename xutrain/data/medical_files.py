@@ -46,11 +46,15 @@ class Form:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Samples of one item: images (n, C, ...), masks uint8 (n, S, ...), and a hash of the image as stored."""
+    """Samples of one item: images (n, C, ...), masks uint8 (n, S, ...), and a hash of the image as stored.
+
+    ``spacing`` is the distance of neighbouring pixels in millimetres, axis by axis as in the samples; None of pictures.
+    """
 
     images: Tensor
     masks: Tensor
     digest: str
+    spacing: tuple[float, ...] | None = None
 
 
 def load(item: Item, form: Form) -> Loaded:
@@ -72,8 +76,9 @@ def load(item: Item, form: Form) -> Loaded:
                 f"{item.label[0]} (site {item.site})", "empty mask", has_value=False, hint="mend it, or data.empty=drop leaves the case out"
             )
         )
+    spacing: tuple[float, ...] | None = None
     if image.dim() == 4:
-        image, masks = _upright(image, masks, form)
+        image, masks, spacing = _upright(image, masks, form)
     image = _scaled(image, form)
     if image.dim() == 4 and form.dims == 2:
         images, masks = image.movedim(1, 0), masks.movedim(1, 0)
@@ -83,10 +88,19 @@ def load(item: Item, form: Form) -> Loaded:
         images, masks = image[None], masks[None]
         if form.empty == "drop" and not masks.any():
             images, masks = images[:0], masks[:0]
+    if spacing is not None:
+        spacing = _sample_spacing(spacing[-form.dims :], tuple(images.shape[2:]), form)
     if form.size is not None and len(images):
         pairs = [_fitted(i, m, form) for i, m in zip(images, masks, strict=True)]
         images, masks = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
-    return Loaded(images.contiguous(), (masks >= 0.5).to(torch.uint8).contiguous(), digest)
+    return Loaded(images.contiguous(), (masks >= 0.5).to(torch.uint8).contiguous(), digest, spacing)
+
+
+def _sample_spacing(spacing: tuple[float, ...], sides: tuple[int, ...], form: Form) -> tuple[float, ...]:
+    """Millimetres between neighbouring pixels once ``sides`` are brought to size; corners are aligned, so the gaps share the length."""
+    if form.size is None or form.fit == "pad":
+        return spacing
+    return tuple(gap * max(old - 1, 1) / max(new - 1, 1) for gap, old, new in zip(spacing, sides, form.size, strict=True))
 
 
 @functools.cache
@@ -210,8 +224,11 @@ def _structures(label: Any, form: Form) -> Tensor:
     return torch.stack(found).float()
 
 
-def _upright(image: Any, masks: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """Volumes (C, x, y, z) in any orientation as (C, D, H, W) in LPS, resampled to ``spacing`` (millimetres, D H W) when given."""
+def _upright(image: Any, masks: Tensor, form: Form) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+    """Volumes (C, x, y, z) in any orientation as (C, D, H, W) in LPS, resampled to ``spacing`` (millimetres, D H W) when given.
+
+    The third value is the spacing of what comes out.
+    """
     from monai.data import MetaTensor
     from monai.transforms import Orientation, Spacing
 
@@ -222,7 +239,8 @@ def _upright(image: Any, masks: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         modes = ("bilinear", "nearest")
         turned = [Spacing(pixdim, mode=mode)(each) for each, mode in zip(turned, modes, strict=True)]
     first, second = (torch.from_numpy(each.numpy()).permute(0, 3, 2, 1) for each in turned)
-    return first, second
+    gaps = np.linalg.norm(np.asarray(turned[0].affine, dtype=float)[:3, :3], axis=0)
+    return first, second, tuple(float(gap) for gap in gaps[::-1])
 
 
 def _scaled(image: Any, form: Form) -> Tensor:

@@ -34,13 +34,14 @@ UNUSED_DAYS = 30
 
 @dataclass(frozen=True)
 class Block:
-    """Samples of one item: float32 (n, C, ...), uint8 (n, S, ...), and where they belong."""
+    """Samples of one item: float32 (n, C, ...), uint8 (n, S, ...), where they belong, millimetres between pixels (None: not known)."""
 
     split: str
     site: int
     case: str
     images: Tensor
     masks: Tensor
+    spacing: tuple[float, ...] | None = None
 
 
 Make = Callable[[], Iterable[Block]]
@@ -49,13 +50,14 @@ Pad = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Samples:
-    """All samples, those of a split together: mapped images and masks, split, site and case of each."""
+    """All samples, those of a split together: mapped images and masks, split, site, case and spacing of each."""
 
     images: Tensor
     masks: Tensor
     splits: tuple[str, ...]
     sites: tuple[int, ...]
     cases: tuple[str, ...]
+    spacings: tuple[list[float] | None, ...]
 
 
 def key_of(files: Iterable[Path], *what: Any) -> str:
@@ -120,7 +122,7 @@ def _write(folder: Path, blocks: Iterable[Block], pad: Pad, least: tuple[int, ..
             _append(images, block.images)
             _append(masks, block.masks)
             shapes = {"images": list(block.images.shape), "masks": list(block.masks.shape)}
-            rows.append({"split": block.split, "site": block.site, "case": block.case, **shapes})
+            rows.append({"split": block.split, "site": block.site, "case": block.case, "spacing": block.spacing, **shapes})
     assert rows, "no samples"
     sides = tuple(max(s) for s in zip(least or rows[0]["images"][2:], *(row["images"][2:] for row in rows), strict=True))
     for name, kind in (("images", np.float32), ("masks", np.uint8)):
@@ -131,7 +133,7 @@ def _write(folder: Path, blocks: Iterable[Block], pad: Pad, least: tuple[int, ..
                     _append(file, pad(part, sides))
             (folder / "padded.bin").replace(folder / f"{name}.bin")
     heads = {name: [sum(row[name][0] for row in rows), rows[0][name][1], *sides] for name in ("images", "masks")}
-    samples = [[row["split"], row["site"], row["case"]] for row in rows for _ in range(row["images"][0])]
+    samples = [[row["split"], row["site"], row["case"], row["spacing"]] for row in rows for _ in range(row["images"][0])]
     return {**heads, "samples": samples}
 
 
@@ -154,8 +156,8 @@ def _mapped(folder: Path) -> Samples:
         torch.from_numpy(np.memmap(folder / f"{name}.bin", kind, mode="c", shape=tuple(index[name])))
         for name, kind in (("images", np.float32), ("masks", np.uint8))
     )
-    splits, sites, cases = zip(*index["samples"], strict=True)
-    return Samples(images, masks, splits, sites, cases)
+    splits, sites, cases, spacings = zip(*index["samples"], strict=True)
+    return Samples(images, masks, splits, sites, cases, spacings)
 
 
 def _remove_unused(root: Path) -> None:

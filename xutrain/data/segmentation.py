@@ -6,6 +6,7 @@ What MONAI does well is MONAI's here: the Dice loss, the Dice metric, random cro
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -38,12 +39,14 @@ class Scans:
         masks: uint8 of shape (n, S, ...), one binary channel a structure.
         sites: int64 of shape (n,), indices into the task's site names.
         cases: the volume or the subject of each sample.
+        spacings: millimetres between neighbouring pixels, float64 of shape (n, spatial axes), nan where not known; None of no sample known.
     """
 
     images: Tensor
     masks: Tensor
     sites: Tensor
     cases: tuple[str, ...]
+    spacings: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.images.shape[0] == self.masks.shape[0] == len(self.sites) == len(self.cases)
@@ -56,15 +59,14 @@ class Scans:
     def join(cls, parts: list[Scans]) -> Scans:
         """All samples of ``parts``, in their order."""
         images, masks = _joined([p.images for p in parts]), _joined([p.masks for p in parts])
-        return cls(images, masks, torch.cat([p.sites for p in parts]), tuple(case for p in parts for case in p.cases))
+        known = [p.spacings for p in parts if p.spacings is not None]
+        spacings = torch.cat(known) if len(known) == len(parts) else None
+        return cls(images, masks, torch.cat([p.sites for p in parts]), tuple(case for p in parts for case in p.cases), spacings)
 
     def part(self, first: int, last: int) -> Scans:
         """Samples ``first`` to ``last`` (exclusive), in the same memory."""
-        return Scans(self.images[first:last], self.masks[first:last], self.sites[first:last], self.cases[first:last])
-
-    def pick(self, rows: Tensor) -> Scans:
-        """The samples ``rows`` (int64 indices), in that order."""
-        return Scans(self.images[rows], self.masks[rows], self.sites[rows], tuple(self.cases[i] for i in rows.tolist()))
+        spacings = None if self.spacings is None else self.spacings[first:last]
+        return Scans(self.images[first:last], self.masks[first:last], self.sites[first:last], self.cases[first:last], spacings)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -145,6 +147,12 @@ class SegmentationTask(Task):
     def split_cases(self, split: str) -> list[str]:
         """Volume or subject of every sample of ``split``, in the order of ``batches``."""
         return list(self.splits[split].cases)
+
+    def split_spacings(self, split: str) -> Tensor:
+        """Millimetres between neighbouring pixels, float64 of shape (n, spatial axes), nan where they are not known."""
+        part = self.splits[split]
+        unknown = torch.full((len(part), part.images.ndim - 2), math.nan, dtype=torch.float64)
+        return unknown if part.spacings is None else part.spacings
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Loss of every sample, shape (n,).

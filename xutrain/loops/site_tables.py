@@ -28,13 +28,14 @@ def write(job: Job, ctx: Context, record: Record, said: dict[int, Answer], choic
     task: Any = job.task
     answer, sites, cases = site_eval.spoken(said, choice), task.split_sites("test"), task.split_cases("test")
     shown = {i for site in sites.unique().tolist() for i in spread_out(answer.dice, sites == site, job.eval.overlays)}
-    distances, masks = predictions(job, ctx, choice, shown, job.eval.hausdorff)
+    *distances, masks = predictions(job, ctx, choice, shown, job.eval.hausdorff)
     rows = []
     for i, case in enumerate(cases):
         for s, structure in enumerate(task.structures):
             row: dict[str, Cell] = {"site": task.site_names[int(sites[i])], "case": case, "sample": i, "structure": structure}
             row["seen"] = int(int(sites[i]) not in task.unseen_sites)
-            row["dice"], row["hd95"] = known(float(answer.dice[i, s])), known(distances.get(i, [math.nan] * (s + 1))[s])
+            row["dice"] = known(float(answer.dice[i, s]))
+            row["hd95"], row["hd95_mm"] = (known(far[i][s]) if i in far else None for far in distances)
             row["model"] = name_of(job, int(choice.route[i]))
             rows.append(row)
     by_case = case_summary(rows, site_eval.of_cases(answer.counts, cases), task.structures)
@@ -58,7 +59,8 @@ def write(job: Job, ctx: Context, record: Record, said: dict[int, Answer], choic
             from xutrain.loops import site_pictures
 
             site_pictures.draw(job, record, answer, choice, masks)
-    means = {"test_hd95": far, "test_dice_cases": whole}
+    millimetres = _numbers(main, "hd95_mm")
+    means = {"test_hd95": far, "test_hd95_mm": millimetres if len(millimetres) == len(far) else [], "test_dice_cases": whole}
     return {name: statistics.fmean(values) for name, values in means.items() if values}
 
 
@@ -96,15 +98,17 @@ def spread_out(dice: Tensor, rows: Tensor, count: int) -> list[int]:
 
 def predictions(
     job: Job, ctx: Context, choice: Choice, shown: set[int], measured: bool
-) -> tuple[dict[int, list[float]], dict[int, Tensor]]:
-    """95 % Hausdorff distance of every sample and structure (nan where a mask is empty), and the predicted masks of ``shown``.
+) -> tuple[dict[int, list[float]], dict[int, list[float]], dict[int, Tensor]]:
+    """95 % Hausdorff distance of every sample and structure (nan where a mask is empty) in pixels and, where the spacing is known, in
+    millimetres; and the predicted masks of ``shown``.
 
     Samples for which several models speak at once (the mean over clients) are left out.
     """
     committee = job.method.committee(job.server)
     personal = committee is None and job.method.personal
-    mine: list[tuple[int, list[float], Tensor | None]] = []
-    first = 0
+    mine: list[tuple[int, list[float], list[float], Tensor | None]] = []
+    task: Any = job.task
+    spacings, first = task.split_spacings("test"), 0
     for i, batch in enumerate(job.task.batches("test", job.bench.eval_batch)):
         here = torch.arange(first, first + len(batch))
         first += len(batch)
@@ -117,11 +121,15 @@ def predictions(
             rows = (choice.route[here] == model).nonzero()[:, 0]
             outputs = _outputs(job, model, personal, placed)[rows.to(ctx.device)]
             masks, truth = (outputs > 0).cpu(), batch.targets[rows]
-            far = hausdorff(masks, truth) if measured else [[math.nan] * masks.shape[1]] * len(rows)
+            unknown = [[math.nan] * masks.shape[1]] * len(rows)
+            far = hausdorff(masks, truth) if measured else unknown
+            gaps = spacings[here[rows]]
+            millimetres = hausdorff(masks, truth, gaps) if measured and bool(gaps.isfinite().any()) else unknown
             for j, sample in enumerate(here[rows].tolist()):
-                mine.append((sample, far[j], masks[j] if sample in shown else None))
+                mine.append((sample, far[j], millimetres[j], masks[j] if sample in shown else None))
     everyone = [item for block in ctx.workers(ctx.processes).objects([mine]) for item in block]
-    return {i: far for i, far, _ in everyone}, {i: mask for i, _, mask in everyone if mask is not None}
+    pixels, lengths = {i: far for i, far, _, _ in everyone}, {i: far for i, _, far, _ in everyone}
+    return pixels, lengths, {i: mask for i, _, _, mask in everyone if mask is not None}
 
 
 def _outputs(job: Job, model: int, personal: bool, batch: Any) -> Tensor:
@@ -140,17 +148,20 @@ def _outputs(job: Job, model: int, personal: bool, batch: Any) -> Tensor:
     return site_eval.logits(job, vector, batch)
 
 
-def hausdorff(masks: Tensor, truth: Tensor) -> list[list[float]]:
-    """MONAI's 95 % Hausdorff distance in pixels, (n, S); nan where either mask is empty."""
+def hausdorff(masks: Tensor, truth: Tensor, spacings: Tensor | None = None) -> list[list[float]]:
+    """MONAI's 95 % Hausdorff distance, (n, S), in pixels or by ``spacings`` (n, axes); nan without either mask or spacing."""
     from monai.metrics import compute_hausdorff_distance
 
     found = torch.full(masks.shape[:2], math.nan, dtype=torch.float64)
     both = masks.flatten(2).any(2) & truth.bool().flatten(2).any(2)
+    if spacings is not None:
+        both &= spacings.isfinite().all(1)[:, None]
     for i, s in both.nonzero().tolist():
+        gaps = None if spacings is None else spacings[i].tolist()
         one, other = masks[i : i + 1, s : s + 1].float(), truth[i : i + 1, s : s + 1].float()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # MONAI's own call of an option that it is about to drop
-            found[i, s] = float(compute_hausdorff_distance(one, other, include_background=True, percentile=95))
+            found[i, s] = float(compute_hausdorff_distance(one, other, include_background=True, percentile=95, spacing=gaps))
     value: list[list[float]] = found.tolist()
     return value
 
@@ -177,7 +188,8 @@ def site_summary(rows: list[dict[str, Cell]], by_case: list[dict[str, Any]]) -> 
         whole = _numbers([r for r in by_case if r["site"] == site and r["structure"] == structure], "whole")
         found.append({"site": site, "structure": structure, "seen": bool(seen), "dice": quartiles(_numbers(mine, "dice")),
                       "whole_cases": quartiles(whole),
-                      "hd95": quartiles(_numbers(mine, "hd95")), "without_distance": missed})  # fmt: skip
+                      "hd95": quartiles(_numbers(mine, "hd95")),
+                      "hd95_mm": quartiles(_numbers(mine, "hd95_mm")), "without_distance": missed})  # fmt: skip
     return found
 
 
@@ -228,12 +240,14 @@ def markdown(summary: dict[str, Any]) -> str:
     if summary["synthetic"]:
         lines += ["**Synthetic data: generated images, no patients.**", ""]
     head = ["site", "trained on", "structure", "samples", "Dice mean", "q1", "median", "q3", "cases", "Dice of whole cases", "median"]
-    head += ["HD95 mean (px)", "HD95 median", "no distance"]
+    head += ["HD95 mean (px)", "HD95 median", "HD95 mean (mm)", "HD95 median (mm)", "no distance"]
     lines += [_row(head), "|" + "---|" * len(head)]
     for r in summary["sites"]:
-        d, w, h = r["dice"], r["whole_cases"], r["hd95"]
+        d, w, h, mm = r["dice"], r["whole_cases"], r["hd95"], r["hd95_mm"]
         cells = [r["site"], "yes" if r["seen"] else "no", r["structure"], d["count"], *(d[c] for c in ("mean", "q1", "median", "q3"))]
-        lines.append(_row([*cells, w["count"], w["mean"], w["median"], h["mean"], h["median"], r["without_distance"]]))
+        lines.append(
+            _row([*cells, w["count"], w["mean"], w["median"], h["mean"], h["median"], mm["mean"], mm["median"], r["without_distance"]])
+        )
     if "selector" in summary:
         names = list(summary["selector"][0]["likely"])
         sent = list(summary["selector"][0]["sent"])
