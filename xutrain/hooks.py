@@ -82,7 +82,7 @@ class CompressedHook:
             raise UsageError(Issue("momentum", "must be in [0, 1)", momentum))
         if error_feedback and codec.expands:
             raise UsageError(
-                Issue("codec", f"{codec.label} makes residuals grow under error feedback", codec.options.name, "rescale=False")
+                Issue("codec", f"{codec.label} makes residuals grow under error feedback", codec.options.name, "error_feedback=False")
             )
         if mode not in ("allgather", "alltoall", "auto"):
             raise UsageError(Issue("mode", "must be allgather, alltoall or auto", mode))

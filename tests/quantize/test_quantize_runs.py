@@ -11,7 +11,9 @@ import pytest
 
 from xutrain import registry
 from xutrain.engine.record import read_json
+from xutrain.errors import RecipeError
 from xutrain.loops.data_parallel import forecast
+from xutrain.recipe.load import load
 from xutrain.worker import open_recipe
 
 _spec = importlib.util.spec_from_file_location("shared_conftest", Path(__file__).parents[1] / "conftest.py")
@@ -119,3 +121,17 @@ def test_error_feedback_keeps_what_was_not_sent() -> None:
         method.step(grads, 1.0, step)
     kept = sum(method.error) / 3
     assert torch.allclose(-method.x + kept, made, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("over", "where"),
+    [
+        (["exchange.mode=alltoall"], "exchange.mode"),
+        (["codec=signsgd"], "scaled_sign"),
+        (["codec={name: random_k, ratio: 8, rescale: true}"], "rescale"),
+    ],
+)
+def test_what_error_feedback_does_not_survive(over: list[str], where: str) -> None:
+    load("quantize/orq", None, over)
+    with pytest.raises(RecipeError, match=where):
+        load("quantize/orq", None, [*over, "method.error_feedback=true"])

@@ -159,6 +159,7 @@ def test_another_number_of_workers_keeps_the_virtual_point(case: Any, tmp_path: 
         ({"name": "saef", "two_way": True, "server_residual": False}, {"name": "top_k"}, {}, "method.server_residual", "true"),
         ({"name": "ef", "two_way": True}, BLOCK, {}, "method.two_way", "false"),
         ({"name": "ef"}, {"name": "random_k", "ratio": 8, "rescale": True}, {}, "codec", "grow"),
+        ({"name": "ef"}, {"name": "signsgd"}, {}, "codec", "scaled_sign"),
         ({"name": "ef"}, {"name": "orq"}, {"mode": "alltoall"}, "exchange.mode", "second time"),
         ({"name": "powersgd"}, BLOCK, {}, "codec.name", "low_rank"),
         ({"name": "saef", "local_optimizer": "adagrad"}, BLOCK, {}, "optimizer.momentum", "momentum=0"),

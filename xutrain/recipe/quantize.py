@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from xutrain import registry
 from xutrain.errors import Issue
 from xutrain.recipe.schema import Choice, Eval, Named, Optimizer, Options, Recipe, Schedule, Train
 
@@ -56,3 +57,10 @@ class DataParallelRecipe(Recipe):
 
 class QuantizeRecipe(DataParallelRecipe):
     """`xutrain quantize`: BinGrad, ORQ and their baselines."""
+
+    def issues(self) -> list[Issue]:
+        found = super().issues()
+        if getattr(self.method, "error_feedback", False):
+            codec = registry.load("codec", self.codec.name)(self.codec, workers=self.workers)
+            found += registry.load("method", self.method.name, verb="quantize").unsound(self, codec)
+        return found

@@ -56,7 +56,7 @@ class Codec:
         dense: all elements cross the wire as they are.
         per_tensor: works tensor by tensor, so that the vector must not be cut elsewhere.
         collective: exchanges by ``reduce``, which needs several means in a row, and not by encode and decode.
-        expands: E||v - Q(v)||^2 > ||v||^2, so that error feedback diverges.
+        expands: E||v - Q(v)||^2 > ||v||^2, for every v or for every small one, so that error feedback diverges.
     """
 
     biased: bool = False

@@ -21,6 +21,7 @@ class SignSGD(Codec):
     """
 
     biased = True
+    expands = True  # where |v| < 1/2, as gradients and updates are
 
     class Options(Named):
         name: str = "signsgd"

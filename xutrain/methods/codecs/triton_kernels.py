@@ -2,7 +2,7 @@
 
 The same float operations as the portable path, so the same bytes: uniforms from the counter-based hash, comparisons of
 ``v - b_k > u (b_k+1 - b_k)`` in float32 without fused multiply-adds, the planar layout of packing.py.
-A program works on a run of groups; symbol i of group j is element i G + j. 4 bytes are read and 0.2 to 0.4 written per element,
+A program works on a run of groups; symbol i of group j is element i G + j. 4 bytes are read and 0.1 to 0.5 written per element,
 where the portable path passes over the vector several times for every level. Levels themselves are found by torch.
 """
 
@@ -17,8 +17,8 @@ from xutrain.methods.codecs import packing
 
 _BLOCK = 256
 _EXACT = {"enable_fp_fusion": False}
-#: alphabets whose groups are short words: 5 ternary symbols in a byte, 5 of base 9 in two
-BASES = (2, 3, 9)
+#: alphabets that the kernels serve: those of BinGrad and of ORQ with up to 17 levels
+BASES = (2, 3, 5, 9, 17)
 
 
 @triton.jit
@@ -30,6 +30,41 @@ def _uniform(counter: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
     h = (h ^ (h >> 15)) * 0x735A2D97
     h = h ^ (h >> 15)
     return (h >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+
+
+@triton.jit
+def _word(
+    values: tl.tensor,
+    levels: tl.tensor,
+    group: tl.tensor,
+    inside: tl.tensor,
+    length: tl.tensor,
+    count: tl.tensor,
+    bucket: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    scale: tl.tensor,
+    BASE: tl.constexpr,
+    FIRST: tl.constexpr,
+    MANY: tl.constexpr,
+    WIDE: tl.constexpr,
+) -> tl.tensor:
+    """Sum of BASE^i q_i over MANY symbols of each group from the FIRST on: int64 where WIDE, else int32."""
+    word = tl.zeros(group.shape, dtype=tl.int64 if WIDE else tl.int32)
+    for i in tl.static_range(MANY):
+        at = group + (FIRST + MANY - 1 - i) * count  # the highest place first
+        there = inside & (at < length)
+        v = tl.load(values + at, mask=there, other=0.0) * scale
+        row = (at // bucket) * BASE
+        u = _uniform((at & 0xFFFFFFFF).to(tl.uint32), low, high)
+        symbol = tl.zeros(group.shape, dtype=tl.int32)
+        below = tl.load(levels + row, mask=there, other=0.0) * scale
+        for k in tl.static_range(BASE - 1):
+            above = tl.load(levels + row + k + 1, mask=there, other=0.0) * scale
+            symbol += ((v - below) > u * (above - below)).to(tl.int32)
+            below = above
+        word = word * BASE + tl.where(there, symbol, 0)
+    return word
 
 
 @triton.jit
@@ -50,24 +85,40 @@ def _pack(
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = group < count
     low, high = tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
-    word = tl.zeros((BLOCK,), dtype=tl.int32)
-    power = 1
+    if BASE == 5:  # byte p: code p of three symbols, and bit p of the eighth code on top
+        last = _word(values, levels, group, inside, length, count, bucket, low, high, scale, 5, 21, 3, False)
+        for p in tl.static_range(7):
+            code = _word(values, levels, group, inside, length, count, bucket, low, high, scale, 5, 3 * p, 3, False)
+            tl.store(out + p * count + group, (code | ((last >> p) & 1) << 7).to(tl.uint8), mask=inside)
+    else:
+        word = _word(values, levels, group, inside, length, count, bucket, low, high, scale, BASE, 0, MANY, SIZE > 2)
+        for p in tl.static_range(SIZE):
+            place = group * SIZE + p if SIZE <= 2 else p * count + group
+            tl.store(out + place, ((word >> (8 * p)) & 255).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _spread(
+    word: tl.tensor,
+    levels: tl.tensor,
+    out: tl.tensor,
+    group: tl.tensor,
+    inside: tl.tensor,
+    length: tl.tensor,
+    count: tl.tensor,
+    bucket: tl.tensor,
+    BASE: tl.constexpr,
+    FIRST: tl.constexpr,
+    MANY: tl.constexpr,
+) -> None:
+    """Levels of the MANY digits of ``word``, the FIRST symbol's the lowest, to their places in ``out``."""
     for i in tl.static_range(MANY):
-        at = group + i * count
+        rest = word // BASE
+        at = group + (FIRST + i) * count
         there = inside & (at < length)
-        v = tl.load(values + at, mask=there, other=0.0) * scale
-        row = (at // bucket) * BASE
-        u = _uniform((at & 0xFFFFFFFF).to(tl.uint32), low, high)
-        symbol = tl.zeros((BLOCK,), dtype=tl.int32)
-        below = tl.load(levels + row, mask=there, other=0.0) * scale
-        for k in tl.static_range(BASE - 1):
-            above = tl.load(levels + row + k + 1, mask=there, other=0.0) * scale
-            symbol += ((v - below) > u * (above - below)).to(tl.int32)
-            below = above
-        word += tl.where(there, symbol, 0) * power
-        power = power * BASE
-    for p in tl.static_range(SIZE):
-        tl.store(out + group * SIZE + p, ((word >> (8 * p)) & 255).to(tl.uint8), mask=inside)
+        value = tl.load(levels + (at // bucket) * BASE + (word - rest * BASE), mask=there, other=0.0)
+        tl.store(out + at, value, mask=there)
+        word = rest
 
 
 @triton.jit
@@ -85,16 +136,19 @@ def _unpack(
 ) -> None:
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = group < count
-    word = tl.zeros((BLOCK,), dtype=tl.int32)
-    for p in tl.static_range(SIZE):
-        word += tl.load(data + group * SIZE + p, mask=inside, other=0).to(tl.int32) << (8 * p)
-    for i in tl.static_range(MANY):
-        rest = word // BASE
-        at = group + i * count
-        there = inside & (at < length)
-        value = tl.load(levels + (at // bucket) * BASE + (word - rest * BASE), mask=there, other=0.0)
-        tl.store(out + at, value, mask=there)
-        word = rest
+    if BASE == 5:
+        last = tl.zeros((BLOCK,), dtype=tl.int32)
+        for p in tl.static_range(7):
+            byte = tl.load(data + p * count + group, mask=inside, other=0).to(tl.int32)
+            last += (byte >> 7) << p
+            _spread(byte & 127, levels, out, group, inside, length, count, bucket, 5, 3 * p, 3)
+        _spread(last, levels, out, group, inside, length, count, bucket, 5, 21, 3)
+    else:
+        word = tl.zeros((BLOCK,), dtype=tl.int64 if SIZE > 2 else tl.int32)
+        for p in tl.static_range(SIZE):
+            place = group * SIZE + p if SIZE <= 2 else p * count + group
+            word += tl.load(data + place, mask=inside, other=0).to(word.dtype) << (8 * p)
+        _spread(word, levels, out, group, inside, length, count, bucket, BASE, 0, MANY)
 
 
 def pack(vector: Tensor, levels: Tensor, bucket: int, words: tuple[int, int], scale: float, out: Tensor) -> None:

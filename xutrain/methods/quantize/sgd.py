@@ -17,7 +17,10 @@ from pydantic import Field
 from torch import Tensor
 
 from xutrain.engine.optim import FlatSGD
+from xutrain.errors import Issue
 from xutrain.methods.base import DataParallel, Setup
+from xutrain.methods.codecs.base import Codec
+from xutrain.methods.sparsify.soundness import no_feedback_over_shards, not_contractive
 from xutrain.registry import Named, method
 
 
@@ -30,6 +33,13 @@ class QuantizedSGD(DataParallel):
         super().__init__(options, setup)
         self.optimizer = FlatSGD(setup.optimizer)
         self.error = [torch.zeros_like(self.x) for _ in setup.workers.hosted] if options.error_feedback else []
+
+    @classmethod
+    def unsound(cls, recipe: Any, codec: Codec) -> list[Issue]:
+        return no_feedback_over_shards(recipe, codec) if recipe.method.error_feedback else []
+
+    def notes(self) -> list[str]:
+        return not_contractive(self.setup.exchange.codec) if self.error else []
 
     def step(self, grads: list[Tensor], lr: float, step: int) -> None:
         key = self.setup.ctx.key("round", step)

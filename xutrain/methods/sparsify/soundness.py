@@ -16,7 +16,8 @@ def no_feedback_over_shards(recipe: Any, codec: Codec) -> list[Issue]:
         found.append(Issue("exchange.mode", what, "alltoall", "set exchange.mode=allgather"))
     if codec.expands:
         what = f"{codec.label} leaves a residual larger than the vector itself, which error feedback lets grow without bound"
-        found.append(Issue("codec", what, codec.options.name, "set codec.rescale=false, or codec.ratio=2"))
+        hint = "set codec.name=scaled_sign" if codec.options.name == "signsgd" else "set codec.rescale=false, or codec.ratio=2"
+        found.append(Issue("codec", what, codec.options.name, hint))
     return found
 
 
