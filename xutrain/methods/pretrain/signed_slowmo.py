@@ -4,8 +4,8 @@
     B (signed_slowmo_b)   m <- beta m + (1 - beta) sign(D);    x <- (1 - eta gamma lambda) x - eta gamma m
 
 A is DSM with one beta and the momentum updated before use. B is the flag ``sign_momentum`` of the authors' program; its step
-is no sign, so parameters travel back. Limit of both: beta = 0 is signed Lookahead. B's eta may fall from ``eta`` in a straight
-line to ``eta_end`` within the first ``eta_steps`` steps, as in that program.
+is no sign, so parameters travel back. As in that program, its eta may fall from ``eta`` to ``eta_end`` in a straight line within
+the first ``eta_steps`` steps. Limit of both: beta = 0 is signed Lookahead.
 """
 
 from __future__ import annotations
