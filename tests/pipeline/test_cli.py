@@ -42,6 +42,38 @@ def test_plan_gives_a_command_that_is_valid(capsys: pytest.CaptureFixture[str]) 
     assert value["plan"]["delays"]["m"][0] <= 12
 
 
-def test_plan_refuses_what_has_no_delays(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["pipeline", "plan", "method=fr"]) == 2
-    assert "only DSP has delays to choose" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["method=fr"], "only DSP has delays to choose"),
+        (["stages=12", "method.p=null", "method.m=null"], "the network has only 10 layers to cut"),
+        (["--longest", "3"], "the smallest staleness of 3 stages is 4"),
+        (["--memory-mb", "0"], "must be a number above 0"),
+        (["--memory-mb", "0.0001"], "no cut of the network keeps every stage's inputs within it (got 0.0001)"),
+        (["--nproc", "2"], "does not divide stages=3"),
+    ],
+)
+def test_plans_that_cannot_be(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pipeline", "plan", *words]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_a_plan_counts_messages_and_is_no_worse_than_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured times replaced by given ones: stages of 1 and 3 ms, messages of 2 ms of a processor at each end and 1 ms between."""
+    from xutrain.loops import pipeline_plan
+    from xutrain.recipe.load import load
+
+    words = ["stages=2", "method.p=null", "method.m=null", "model.hidden=[16]", "split.cuts=[2]"]
+    recipe = load("dsp", "pipeline", words).recipe
+    monkeypatch.setattr(pipeline_plan, "message_seconds", lambda bits: (0.005, 0.002))
+    monkeypatch.setattr(pipeline_plan, "stage_seconds", lambda job: ([0.001] * 2, [0.003] * 2))
+    alone, apart = (pipeline_plan.plan(recipe, processes=n, cores=8)["recipe"] for n in (1, 2))
+    assert alone.seconds == pytest.approx(0.008)
+    assert apart.forward == pytest.approx([0.003] * 2)
+    assert apart.backward == pytest.approx([0.005] * 2)
+    assert apart.transfer == pytest.approx(0.001)
+    assert apart.seconds >= 0.008
+    slow = iter([0.003, 0.009])
+    monkeypatch.setattr(pipeline_plan, "stage_seconds", lambda job: ([0.001] * 2, [next(slow)] * 2))
+    found = pipeline_plan.plan(recipe, processes=1, cores=8)
+    assert found["plan"] == found["recipe"]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import run_forked
 from tests.pipeline.conftest import make, watch
-from xutrain.loops.pipeline_plan import predict, search_cuts, search_delays
+from xutrain.loops.pipeline_plan import ends, predict, search_cuts, search_delays
 from xutrain.methods.pipeline import bp, ddg, dsp, fr, gpipe
 from xutrain.methods.pipeline.timing import barrier_percent, law, simulate, slowdown_percent, units_per_batch
 from xutrain.recipe import delays
@@ -67,6 +67,16 @@ def test_search_finds_the_fewest_ticks() -> None:
     assert search_delays([1.0, 1.0, 1.0], 1.0, [1, 1, 1], None, 5).m[0] == 5
     assert max(search_delays([1.0, 1.0, 1.0], 1.0, [10, 10, 10], 70, 100).m) <= 6
     assert search_cuts([1, 1, 1, 1, 4], [2, 2, 2, 2, 8], 2) == [0, 4, 5]
+    for many in (1, 30):  # tried one by one; by dynamic programming
+        layers = [1.0] * 5 * many
+        wide = [2, 9, 9, 9, *[1] * (5 * many - 4)]  # stage 1 of 3 may store 10 bytes, 3 batches: it begins at layer 4 or above
+        bounds = search_cuts(layers, layers, 3, wide, 10) if many > 1 else search_cuts(layers, layers, 2, wide, 8)
+        assert bounds[1] >= 4
+        assert bounds == ([0, 4, 5] if many == 1 else [0, 50, 100, 150])
+        assert search_cuts(layers, layers, 3, wide, 9) == []  # stage 0 stores 5 batches of 2 bytes
+    assert ends(4, 4) == [1, 2, 2, 1]
+    assert ends(4, 2) == [0, 1, 1, 0]
+    assert ends(4, 1) == [0] * 4
     assert predict(_dsp(1, 1), [1.0] * 3, [3.0] * 3, 0.0, processes=1, cores=8) == 12.0
     assert math.isclose(predict(_dsp(1, 1), [1.0] * 3, [3.0] * 3, 0.0, processes=3, cores=8), 4.0)
     assert predict(_dsp(1, 1), [1.0] * 3, [3.0] * 3, 0.0, processes=3, cores=2) == 6.0

@@ -26,9 +26,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 def plan(
     config: Config = "dsp",
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(help="Processes of the run to plan for.  [default: one a stage]", show_default=False)] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes of the run to plan for.  [default: one a stage]", show_default=False)
+    ] = None,
     memory_mb: Annotated[float | None, typer.Option(help="Most megabytes of inputs that a stage may store.", show_default=False)] = None,
-    longest: Annotated[int, typer.Option(help="Largest staleness m_0 to consider.")] = 12,
+    longest: Annotated[
+        int | None, typer.Option(help="Largest staleness m_0 to consider.", show_default="12, or the smallest valid one")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure layers and transfers on this machine; search cut points and (p, q) for the least predicted seconds per batch."""
@@ -40,6 +44,8 @@ def plan(
     check_processes(recipe, processes)
     if recipe.method_name != "dsp":
         raise UsageError(Issue("method.name", "only DSP has delays to choose", recipe.method_name, "add method=dsp"))
+    if memory_mb is not None and not 0 < memory_mb < float("inf"):
+        raise UsageError(Issue("--memory-mb", "must be a number above 0", memory_mb))
     import torch
 
     from xutrain.loops.pipeline_plan import plan as search
@@ -72,11 +78,12 @@ def plan(
         ["delays", *(f"DSP{p.delays}" for p in (own, best))],
         ["cuts", *(str(p.bounds[1:-1]) for p in (own, best))],
         ["stage ms", *(" ".join(f"{1000 * (f + b):.2f}" for f, b in zip(p.forward, p.backward, strict=True)) for p in (own, best))],
-        ["transfer ms", *(f"{1000 * p.transfer:.2f}" for p in (own, best))],
+        ["message, processor ms", *(f"{1000 * p.message:.2f}" for p in (own, best))],
+        ["message, on its way ms", *(f"{1000 * p.transfer:.2f}" for p in (own, best))],
         ["most stored MB", *(f"{max(p.stored) / 1e6:.2f}" for p in (own, best))],
         ["predicted ms a batch", *(f"{1000 * p.seconds:.2f}" for p in (own, best))],
     ]
-    console.table(["", "recipe", "best found"], rows, f"{processes} processes on {cores} cores")
+    console.table(["", "recipe", "best found"], rows, f"{processes} process{'es' * (processes > 1)} on {cores} core{'s' * (cores > 1)}")
     if cores < processes:
         console.out.print(f"fewer cores than processes: no batch can take less than all stages' work / {cores}", markup=False)
     console.out.print(f"next: {command}", markup=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,22 +67,27 @@ def _even(total: int, stages: int) -> list[int]:
     return [round(i * total / stages) for i in range(stages + 1)]
 
 
-def balanced(costs: Sequence[float], stages: int) -> list[int]:
-    """Cut points that make the most costly block as cheap as can be; no block is empty (dynamic programming, O(L^2 K))."""
+def balanced(costs: Sequence[float], stages: int, fits: Callable[[int, int], bool] = lambda block, start: True) -> list[int]:
+    """Cut points that make the most costly block as cheap as can be; no block is empty (dynamic programming, O(L^2 K)).
+
+    ``fits`` says whether a block may begin at a layer; where it leaves no way to cut, the result is empty.
+    """
     total = len(costs)
     upto = [0.0]
     for cost in costs:
         upto.append(upto[-1] + cost)
-    best = [upto[i] for i in range(total + 1)]
+    best = [upto[i] if fits(0, 0) else float("inf") for i in range(total + 1)]
     choices: list[list[int]] = []
     for block in range(2, stages + 1):
         now, chosen = [float("inf")] * (total + 1), [0] * (total + 1)
         for end in range(block, total + 1):
-            for start in range(block - 1, end):
+            for start in (i for i in range(block - 1, end) if fits(block - 1, i)):
                 worst = max(best[start], upto[end] - upto[start])
                 if worst < now[end]:
                     now[end], chosen[end] = worst, start
         best, choices = now, [*choices, chosen]
+    if best[total] == float("inf"):
+        return []
     bounds = [total]
     for chosen in reversed(choices):
         bounds.append(chosen[bounds[-1]])

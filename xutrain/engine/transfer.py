@@ -1,4 +1,4 @@
-"""How long a message between two processes of this machine takes."""
+"""How long a message between two processes of this machine takes, and what it costs their processors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from xutrain.errors import Failed, Issue
 
-def one_way_seconds(bits: int, repeats: int = 20) -> float:
-    """Median one-way seconds of a message of ``bits`` over gloo, from a ping-pong between two forked processes."""
+_PATIENCE_S = 120
+
+
+def message_seconds(bits: int, repeats: int = 50) -> tuple[float, float]:
+    """Of a message of ``bits`` over gloo: median one-way seconds, and mean processor seconds at one end.
+
+    From a ping-pong between two forked processes; the processor seconds are those of all threads of a process.
+
+    Raises:
+        Failed: they could not talk.
+    """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         receiver, sender = context.Pipe(duplex=False)
@@ -22,12 +32,14 @@ def one_way_seconds(bits: int, repeats: int = 20) -> float:
         ]
         for child in children:
             child.start()
-        found = receiver.recv() if receiver.poll(60) else float("nan")
+        found = receiver.recv() if receiver.poll(_PATIENCE_S) else None
         for child in children:
             child.join(10)
             if child.is_alive():
                 child.kill()
-    return float(found)
+    if found is None:
+        raise Failed(Issue("", f"two processes did not exchange {repeats} messages within {_PATIENCE_S} s", has_value=False))
+    return float(found[0]), float(found[1])
 
 
 def _play(rank: int, store: str, size: int, repeats: int, answer: Any) -> None:
@@ -35,12 +47,14 @@ def _play(rank: int, store: str, size: int, repeats: int, answer: Any) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     buffer = torch.zeros(max(1, size), dtype=torch.uint8)
     times = []
-    for _ in range(repeats + 2):
+    for i in range(repeats + 2):
+        if i == 2:
+            worked = time.process_time()
         began = time.perf_counter()
         for source in (0, 1):
             dist.send(buffer, 1 - rank) if rank == source else dist.recv(buffer, 1 - rank)
         times.append((time.perf_counter() - began) / 2)
     if rank == 0:
-        answer.send(sorted(times[2:])[repeats // 2])
+        answer.send((sorted(times[2:])[repeats // 2], (time.process_time() - worked) / (2 * repeats)))
     dist.barrier()
     dist.destroy_process_group()
