@@ -298,6 +298,7 @@ def test_steps_left_over_end_in_a_plain_average() -> None:
     got = drive(method, RATES[5:7], 5)
     torch.testing.assert_close(got, sum(ends) / 4, rtol=0, atol=1e-14)
     assert "2 more" in method.notes()[0]
+    assert [step for step in range(7) if method.exchanges(step)] == [4, 6]
     assert method.planned_bits(7)["last average"][0] == 4 * 32 * DIM
 
 
