@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ pytest.importorskip("cryptography")
 from tests.vertical.party_jobs import in_thread, join, network_job
 from tests.vertical.party_jobs import start_party as start
 from xutrain.data.party_file import load_party, load_scoring
-from xutrain.errors import Diverged, Failed, Stopped, UsageError
+from xutrain.errors import DataError, Diverged, Failed, Stopped, UsageError
 from xutrain.launch import parties
 from xutrain.loops.vertical_job import job_hash
 from xutrain.loops.vertical_party import Process
@@ -59,6 +60,16 @@ def run_all(recipe: Any, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     join([start(recipe, folder, p, results)[1] for p in NAMES])
     return results
+
+
+def ended(results: dict[str, Any], processes: list[Process], threads: list[threading.Thread]) -> None:
+    """When one party has given up, stop the others: they would wait for it to come back with what is right."""
+    until = time.monotonic() + 60
+    while not results and time.monotonic() < until:
+        time.sleep(0.01)
+    for process in processes:
+        process.signalled = True
+    join(threads)
 
 
 def done(results: dict[str, Any]) -> bool:
@@ -126,11 +137,37 @@ def test_models_of_different_trainings_do_not_score_together(tmp_path):
         known = {"columns": block.columns, "preprocessing": block.preprocessing, "weights": [0.0] * len(block.columns)}
         models[p] = {"party": p, "run": "run", "job": job_hash(recipe), "rows": "same", **known}
     results: dict[str, Any] = {}
-    join([in_thread(p, scoring(recipe, tmp_path, p, models[p] | {"rows": p}).run, results) for p in NAMES[:2]])
-    assert all(isinstance(r, Failed) for r in results.values()), results
-    assert any("models of one training" in str(r) for r in results.values()), results
+    sides = {p: scoring(recipe, tmp_path, p, models[p] | {"rows": p}) for p in NAMES[:2]}
+    ended(results, list(sides.values()), [in_thread(p, side.run, results) for p, side in sides.items()])
+    assert any("models of one training" in str(r) and isinstance(r, Failed) for r in results.values()), results
     with pytest.raises(UsageError, match="another job"):
         scoring(recipe, tmp_path, "mean", models["mean"] | {"job": "of another"})
+    with pytest.raises(UsageError, match="another shape"):
+        scoring(recipe, tmp_path, "mean", models["mean"] | {"weights": [1.0]})
+
+
+def test_certificates_that_cannot_serve_are_named(tmp_path):
+    identity.make(tmp_path, ["a", "b"])
+    identity.make(tmp_path / "old", ["a"], days=0)
+    assert identity.days_left(identity.load(tmp_path, "a")) == pytest.approx(30, abs=0.1)
+
+    def refused(file: str, content: bytes, message: str) -> None:
+        before = (tmp_path / file).read_bytes()
+        (tmp_path / file).write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            identity.load(tmp_path, "a")
+        (tmp_path / file).write_bytes(before)
+
+    refused("ca.pem", b"garbage", "ca.pem: cannot be read")
+    refused("a.pem", b"garbage", "a.pem: cannot be read")
+    refused("a.key", b"garbage", "a.key: cannot be read")
+    refused("a.key", (tmp_path / "b.key").read_bytes(), "is not the key of a.pem")
+    for other in ("a", "b"):  # the whole pair of another party, or out of date
+        folder = tmp_path if other == "b" else tmp_path / "old"
+        for end in ("pem", "key"):
+            (tmp_path / f"a.{end}").write_bytes((folder / f"{other}.{end}").read_bytes())
+        with pytest.raises(DataError, match="is for b" if other == "b" else "is not valid now"):
+            identity.load(tmp_path, "a")
 
 
 @pytest.mark.parametrize(("estimator", "mode"), [("sgd", "async"), ("saga", "sync")])
@@ -199,12 +236,7 @@ def test_another_recipe_is_refused_and_named(tmp_path):
     assert job_hash(recipe) != job_hash(other)
     results: dict[str, Any] = {}
     started = {p: start(r, tmp_path, p, results) for p, r in (("mean", recipe), ("error", recipe), ("worst", other))}
-    until = time.monotonic() + 60
-    while not results and time.monotonic() < until:
-        time.sleep(0.01)
-    for process, _ in started.values():  # the others would wait for it to come back with the right job
-        process.signalled = True
-    join(thread for _, thread in started.values())
+    ended(results, [process for process, _ in started.values()], [thread for _, thread in started.values()])
     assert any("another recipe" in str(r) and isinstance(r, Failed) for r in results.values()), results
 
 

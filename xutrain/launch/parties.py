@@ -251,7 +251,7 @@ def examine(recipe: Any, party: str, path: Path, folder: Path, seconds: float) -
 
     fits = check("job", job)
     check("file", lambda: _describe_file(recipe, path))
-    if not check("certificate", lambda: _describe_certificate(identities.load(folder, party))) or not fits:
+    if not check("certificate", lambda: f"for {party}, {identities.days_left(identities.load(folder, party)):.0f} days left") or not fits:
         return found
     facts = {"versions": f"python {platform.python_version()}"}
     seen: set[str] = set()
@@ -307,19 +307,6 @@ def _describe_file(recipe: Any, path: Path) -> str:
     width = len(table.columns) if table.matrix is None else table.matrix.shape[1]
     said = f" ({table.note})" if is_libsvm(path) else ""
     return f"{path}: {len(table.ids)} rows, {width} columns" + (", labels" if table.label is not None else "") + said
-
-
-def _describe_certificate(identity: Any) -> str:
-    from cryptography import x509
-
-    certificate = x509.load_pem_x509_certificate(identity.certificate)
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)
-    if identity.party not in names:
-        raise DataError(Issue("certificate", f"is for {', '.join(names)}", identity.party, "its DNS name must be the party's name"))
-    left = certificate.not_valid_after_utc.timestamp() - time.time()
-    if left < 0:
-        raise DataError(Issue("certificate", "has expired", str(certificate.not_valid_after_utc)))
-    return f"for {', '.join(names)}, {left / 86400:.0f} days left"
 
 
 def audit(recipe: Any, attack: str, known: int) -> dict[str, Any]:

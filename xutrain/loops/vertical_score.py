@@ -42,7 +42,11 @@ class Scoring(Process):
             raise UsageError(Issue("--model", what, model.get("job"), has_value=False))
         super().__init__(recipe, party, data, identity, out, say, purpose="predict")
         self.port.facts["model"] = f"{model.get('run')} {model.get('rows')}"
-        self.seat.method.load_state({"weights": np.array(model["weights"])})
+        weights, known = np.array(model["weights"], dtype=np.float64), self.seat.method.weights
+        if weights.shape != known.shape:
+            self.link.close(0)
+            raise UsageError(Issue("--model", f"its weights have another shape than {known.shape}", weights.shape))
+        self.seat.method.load_state({"weights": weights})
 
     def run(self) -> dict[str, float]:
         """Greet, sum once, write ``scores.csv`` at the leader."""

@@ -7,8 +7,10 @@ by address, so proxies and port forwarding do not matter. Real consortia bring c
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from xutrain.errors import DataError, Issue, UsageError
 
@@ -48,12 +50,48 @@ def _absent(module: str, find: object) -> bool:
 
 
 def load(folder: Path, party: str) -> Identity:
-    """Raises DataError where a file is missing."""
+    """Raises DataError where a file is missing, unreadable, of another party, out of date, or where key and certificate are no pair."""
     files = [folder / "ca.pem", folder / f"{party}.pem", folder / f"{party}.key"]
     for file in files:
         if not file.is_file():
             raise DataError(Issue("--identity", "no such file", str(file), f"the folder must hold ca.pem, {party}.pem and {party}.key"))
-    return Identity(party, *(f.read_bytes() for f in files))
+    found = Identity(party, *(f.read_bytes() for f in files))
+    _check(found, *files)
+    return found
+
+
+def days_left(identity: Identity) -> float:
+    """Until the certificate expires."""
+    from cryptography import x509
+
+    left = x509.load_pem_x509_certificate(identity.certificate).not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)
+    return left / datetime.timedelta(days=1)
+
+
+def _check(identity: Identity, authority: Path, certificate: Path, key: Path) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    def parsed(file: Path, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except (ValueError, TypeError) as reason:  # TypeError: a key with a password
+            raise DataError(Issue(str(file), f"cannot be read: {str(reason).splitlines()[0][:100]}", has_value=False)) from None
+
+    parsed(authority, lambda: x509.load_pem_x509_certificate(identity.authority))
+    own = parsed(certificate, lambda: x509.load_pem_x509_certificate(identity.certificate))
+    private = parsed(key, lambda: serialization.load_pem_private_key(identity.key, None))
+    if private.public_key() != own.public_key():
+        raise DataError(Issue(str(key), f"is not the key of {certificate.name}", has_value=False))
+    try:
+        names = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)
+    except x509.ExtensionNotFound:
+        names = []
+    if identity.party not in names:
+        what = f"is for {', '.join(names) or 'no DNS name'}"
+        raise DataError(Issue(str(certificate), what, identity.party, "its DNS name must be the party's name"))
+    if not own.not_valid_before_utc <= datetime.datetime.now(datetime.timezone.utc) <= own.not_valid_after_utc:
+        raise DataError(Issue(str(certificate), "is not valid now", f"{own.not_valid_before_utc} to {own.not_valid_after_utc}"))
 
 
 def make(folder: Path, parties: list[str], days: int = 30) -> None:
