@@ -19,7 +19,7 @@ def start(name: str, folder: Path, *arguments: str, ranks: int = 2) -> str:
     before = TORCHRUN if ranks > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XUTRAIN_DEVICE": "cpu"}
     command = [sys.executable, *before, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -44,7 +44,8 @@ class RandomBlock(SharedSupport):
             "tensor", description="One block per tensor, one for the whole vector, or a rectangle per matrix."
         )
         balanced: bool = Field(
-            False, description="Blocks in the order of a random permutation: each coordinate is sent within 2R - 1 exchanges."
+            False,
+            description="Blocks in a random order, each once: of B = ceil(n / b) blocks each is sent within 2B - 1 exchanges.",
         )
 
     _parts_length = -1

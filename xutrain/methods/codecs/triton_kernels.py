@@ -59,7 +59,7 @@ def _word(
         u = _uniform((at & 0xFFFFFFFF).to(tl.uint32), low, high)
         symbol = tl.zeros(group.shape, dtype=tl.int32)
         below = tl.load(levels + row, mask=there, other=0.0) * scale
-        for k in tl.static_range(BASE - 1):
+        for k in range(BASE - 1):  # not unrolled: 17 levels would make long code
             above = tl.load(levels + row + k + 1, mask=there, other=0.0) * scale
             symbol += ((v - below) > u * (above - below)).to(tl.int32)
             below = above
