@@ -32,6 +32,7 @@ from xutrain.recipe.pipeline import Split
         ({"name": "1f1b", "micro_batches": 2}, {}, "at least as many micro-batches as stages=3"),
         ("dsp", {"split__cuts": "[3,2]"}, "must be 2 rising layer numbers"),
         ("dsp", {"train__precision": "bf16"}, "runs in fp32"),
+        ("dsp", {"train__accumulate": 4}, "a stage applies the gradient of every batch"),
         ("dsp", {"train__buffers": "first"}, "owns its batch-norm statistics"),
         ("dps", {}, "did you mean dsp"),
     ],

@@ -17,7 +17,7 @@ from tests.conftest import run_forked
 from tests.pipeline.conftest import CONFIGURATIONS, Watched, make, same, watch
 from xutrain.engine.context import Context
 from xutrain.engine.pulse import Pulse
-from xutrain.engine.record import Record, write_json
+from xutrain.engine.record import Record, read_json, write_json
 from xutrain.errors import Failed, Stopped
 from xutrain.loops import pipelined
 from xutrain.recipe.delays import Delays
@@ -106,7 +106,13 @@ def test_stop_in_three_processes_and_resume_in_one(tmp_path: Path) -> None:
     (folder / "STOP").write_text("5")
     assert run_forked(_stopped, 3, chosen, folder) == [True] * 3
     (folder / "STOP").unlink()
-    assert same(_state(chosen, folder)[0], _state(chosen, tmp_path / "whole")[0])
+    whole = watch(chosen, tmp_path)
+    assert same(_state(chosen, folder)[0], whole.job.state_dict())
+    tables = [(place / "artefacts" / "staleness.csv").read_text() for place in (folder, whole.record.folder)]
+    assert tables[0].count("\n") == 1 + 3 * 12
+    assert sorted(tables[0].splitlines()) == sorted(tables[1].splitlines())
+    measured = [read_json(place / "artefacts" / "pipeline.json")["staleness"] for place in (folder, whole.record.folder)]
+    assert measured[0] == measured[1]
 
 
 def test_drained_checkpoints_empty_the_queues(tmp_path: Path) -> None:

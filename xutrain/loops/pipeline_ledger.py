@@ -41,12 +41,18 @@ class Ledger:
                 self.lines.append(line)
         stage.applied = []
 
+    def state(self, stage: int) -> dict[str, Any]:
+        """What is known of a stage, for a checkpoint: a resumed run writes the table of the whole."""
+        return {"counts": dict(self.counts.get(stage, {})), "lines": [_row(line) for line in self.lines if line.stage == stage]}
+
+    def load_state(self, stage: int, state: dict[str, Any]) -> None:
+        """Undo ``state``."""
+        self.counts[stage] = Counter(state["counts"])
+        self.lines += [Applied(*row) for row in state["lines"]]
+
     def write(self, job: Job, record: Record, batches: int, seconds: float) -> None:
         """Gather all stages' counts and write the table, the picture and pipeline.json into the run's artefacts."""
-        mine = [
-            (dict(self.counts.get(s.index, {})), [_row(line) for line in self.lines if line.stage == s.index], s.most_kept)
-            for s in job.stages
-        ]
+        mine = [(*self.state(s.index).values(), s.most_kept) for s in job.stages]
         everyone = job.workers.objects(mine)
         if not job.ctx.is_main:
             return

@@ -248,7 +248,10 @@ class Pipeline:
         """Save every hosted stage with what is in flight towards it."""
         up, down = self.pipes.drain()
         self.pipes.settle()
-        states = {s.index: stage_state(s, self.method, up.get(s.index, []), down.get(s.index, [])) for s in self.job.stages}
+        states = {
+            s.index: {**stage_state(s, self.method, up.get(s.index, []), down.get(s.index, [])), "ledger": self.ledger.state(s.index)}
+            for s in self.job.stages
+        }
         shared = {"start": start, "tick": tick, "bounds": self.job.bounds, "iterations": self.iterations, "meter": self.ctx.meter.state()}
         self.checkpoints.save(step, shared=shared, workers=states, model=self.job.state_dict())
 
@@ -257,7 +260,9 @@ class Pipeline:
         self.start, self.tick, self.iterations = shared["start"], shared["tick"], shared["iterations"]
         self.ctx.meter.load_state(shared["meter"])
         for stage in self.job.stages:
-            restore_stage(stage, self.method, self.pipes, saved.worker(stage.index))
+            state = saved.worker(stage.index)
+            restore_stage(stage, self.method, self.pipes, state)
+            self.ledger.load_state(stage.index, state["ledger"])
         self.record.rewind(saved.step)
         self.record.note(f"resumed from step {saved.step} of {self.job.steps}")
         return saved.step

@@ -111,6 +111,9 @@ class PipelineRecipe(Recipe):
                     "leave it out",
                 )
             )
+        if self.train.accumulate != 1:
+            what = "a stage applies the gradient of every batch"
+            found.append(Issue("train.accumulate", what, self.train.accumulate, "method=gpipe method.micro_batches=N splits a batch"))
         if self.train.precision != "fp32":
             found.append(Issue("train.precision", "a pipeline runs in fp32", self.train.precision, "leave it out"))
         return found
