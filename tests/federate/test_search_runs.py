@@ -324,7 +324,7 @@ def test_auto_fedavg_steps_along_the_gradient_of_the_weights() -> None:
     mixed = sum(a * d for a, d in zip(torch.softmax(logits, 0), deltas.values(), strict=True))
     (slope,) = torch.autograd.grad(0.5 * (mixed - wanted).square().sum(), logits)  # type: ignore[union-attr]
     before = server["logits"].clone()
-    method.learn(server, (mixed - wanted).detach())  # type: ignore[union-attr]
+    method.learn(server, (mixed - wanted).detach(), 1.0)  # type: ignore[union-attr]
     assert torch.allclose(server["logits"], before - slope, atol=1e-12)
 
 

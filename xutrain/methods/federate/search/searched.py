@@ -12,7 +12,8 @@ the training answer. Both send equally many bits: one model and two numbers down
 never see aggregation weights, nor knobs that only the server needs.
 
 What a round breaks is mended: where the merged model or its validation loss is not finite, the sample's reward is -1, the model
-before the round comes back, and the next round draws again (the server then sends the model once more under lag 0). An agent that
+before the round comes back with everything else in the server's state, the clients are told to go back too (`base.UNDO`), and the
+next round draws again (the server then sends the model once more under lag 0). An agent that
 never moves and never redraws (``fixed``) leaves the wrapped method bit for bit what it is without a search.
 """
 
