@@ -233,7 +233,7 @@ def _upright(image: Any, masks: Tensor, form: Form) -> tuple[Tensor, Tensor, tup
     from monai.transforms import Orientation, Spacing
 
     pair = [image, MetaTensor(masks, affine=image.affine)]
-    turned = [Orientation(axcodes="LPS", labels=None)(each) for each in pair]
+    turned: list[Any] = [Orientation(axcodes="LPS", labels=None)(each) for each in pair]
     if form.spacing is not None:
         pixdim = form.spacing[::-1]
         modes = ("bilinear", "nearest")
