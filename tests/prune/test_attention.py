@@ -114,3 +114,8 @@ def test_skipping_in_the_stream(dense: Path) -> None:
     assert len(betas) == 3 and all(0 < b <= 1 for b in betas)
     plain = window_losses(forward, data)
     assert torch.equal(window_losses(forward, data, [0.0] * 3), plain) and not torch.equal(window_losses(forward, data, betas), plain)
+
+
+def test_sparsegpt_does_not_take_another_score_for_attention(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="prunes experts only"):
+        prune_checkpoint(dense, tmp_path / "out", tokens(), method="sparsegpt", targets="experts+attn")

@@ -20,6 +20,7 @@ from xutrain.loops import embedded_mixtral, pruning
 from xutrain.methods.prune import cost
 from xutrain.methods.prune.base import Routing
 from xutrain.methods.prune.checkpoint import weight_method
+from xutrain.methods.prune.drop import _expert_method
 from xutrain.methods.prune.measure import layer_errors, open_forward, perplexity, stored_bytes, window_losses
 from xutrain.models.decoder import Decoder
 from xutrain.models.moe import Architecture
@@ -153,3 +154,17 @@ def test_peak_grows_with_what_a_method_needs() -> None:
         cost.peak_bytes(arch, weight_method(m), 4096, 2048, "float32", 1, 2048, False)["total"] for m in ("magnitude", "path", "sparsegpt")
     ]
     assert peaks == sorted(peaks) and peaks[0] < 10e9
+
+
+def test_forecast_of_expert_methods_and_of_measuring() -> None:
+    """NAEE holds every expert of a layer; the error of the layers holds two more numbers for each hidden state."""
+    arch = pruning.shape_of(load("mixtral_8x7b_half", "prune").recipe)
+    naee, reap = (
+        cost.peak_bytes(arch, _expert_method({"name": m, "keep": 6}), 4096, 2048, "float32", 1, 2048, False)["total"]
+        for m in ("naee", "reap")
+    )
+    assert naee > 8 * arch.expert_parameters * 4 > reap
+    plain, errors = (cost.evaluation_bytes(arch, 2048, "float32", 1, 2048, e) for e in (False, True))
+    assert errors[1] - plain[1] >= 2 * 2048 * arch.hidden * 4 and plain[1] >= 2 * 2048 * arch.hidden * 4
+    with pytest.raises(DataError, match="size is missing"):
+        cost.Shape.of(Architecture.of({**arch.config, "num_attention_heads": "x"}))

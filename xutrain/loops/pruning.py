@@ -91,8 +91,7 @@ def forecast(recipe: Any) -> Forecast:
     """Peak memory, bytes, operations and time from config.json alone; nothing is sent, so no bits."""
     arch = shape_of(recipe)
     method = registry.load("method", recipe.method.name, verb="prune")(recipe.method)
-    weight = None if isinstance(method, ExpertMethod) else method
-    details = cost.forecast(arch, weight, recipe.calibration.samples, recipe.calibration.length, recipe)
+    details = cost.forecast(arch, method, recipe.calibration.samples, recipe.calibration.length, recipe)
     return Forecast(arch.layers, 0, 0, recipe.participants, details)
 
 

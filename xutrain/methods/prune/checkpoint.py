@@ -126,6 +126,8 @@ def prune_checkpoint(
         how.check(columns, arch.expert_name(arch.pruned_layers[0], 0, role))
     part = method if isinstance(method, WeightMethod) else weight_method(method)
     check_tokens(tokens, arch)
+    if targets != "experts" and part.options.name == "sparsegpt":
+        raise RecipeError(Issue("targets", "method sparsegpt prunes experts only", targets, "wanda, moe_pruner, path prune attention too"))
     known = {"method": part.options.model_dump(), "pattern": how.name, "sparsity": how.sparsity, "propagate": propagate, "rescale": rescale}
     known |= {"seed": seed, "batch": batch, "chunk": chunk, "compute": str(compute), "from_sums": str(from_sums) if from_sums else None}
     known |= {"targets": targets} if targets != "experts" else {}

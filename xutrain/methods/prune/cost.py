@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
+from xutrain.errors import DataError, Issue
 from xutrain.methods.prune.base import WeightMethod
+from xutrain.methods.prune.drop import ExpertMethod
 from xutrain.methods.prune.moments import Hessians, PathMoments
+from xutrain.methods.prune.naee import NAEE
 from xutrain.models.moe import Architecture
 
 #: Sequential disk rate that the time is stated for; divide by yours.
@@ -36,6 +39,14 @@ class Shape:
 
     @classmethod
     def of(cls, arch: Architecture) -> Shape:
+        """Raises DataError for a config.json that lacks a size, or has something else there."""
+        try:
+            return cls._of(arch)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as reason:
+            raise DataError(Issue("config.json", f"a size is missing or no number: {reason}", has_value=False)) from None
+
+    @classmethod
+    def _of(cls, arch: Architecture) -> Shape:
         c, d = arch.config, arch.hidden
         heads = int(c.get("num_attention_heads", 1))
         if arch.family.model_type == "deepseek_v2":
@@ -60,7 +71,7 @@ class Shape:
 
 def peak_bytes(
     arch: Architecture,
-    method: WeightMethod | None,
+    method: WeightMethod | ExpertMethod,
     tokens: int,
     length: int,
     compute: str,
@@ -84,7 +95,7 @@ def peak_bytes(
     attention += arch.vocab * d * w if not attention else 0
     # dense, pruned (twice while it is cast) and stored matrices, masks, scores in float32, order statistic of the largest matrix
     expert = size * (3 * c + w + 1 + 4) + d * f * 16
-    kind = None if method is None else method.statistics
+    kind = getattr(method, "statistics", None)
     sums = (d + f) * 4
     if kind is PathMoments:
         sums = 2 * d * f * 4
@@ -94,6 +105,12 @@ def peak_bytes(
     if rescale:
         expert += size * c
         outputs += min(routed, chunk) * 2 * max(d, f) * c
+    if isinstance(method, NAEE):  # every expert of a layer, and all their outputs for some tokens, twice while they are stacked
+        together = min(tokens, int(method.options.batch_tokens))  # type: ignore[attr-defined]
+        expert = arch.experts * size * c + size * w
+        outputs += together * (2 * arch.experts * d * c + 5 * f * c + 2 * arch.top_k * d * c + 2 * d * 8)
+    elif isinstance(method, ExpertMethod):
+        outputs += 2 * routed * d * 8  # norms are taken in float64
     parts = {
         "allocator": ALLOCATOR,
         "hidden_states": hidden,
@@ -105,13 +122,28 @@ def peak_bytes(
     return {**parts, "total": ALLOCATOR + hidden + max(attention, expert + int(sums) + outputs)}
 
 
-def operations(arch: Architecture, method: WeightMethod | None, tokens: int, length: int, rescale: bool) -> float:
+def evaluation_bytes(arch: Architecture, length: int, compute: str, batch: int, chunk: int, errors: bool) -> tuple[int, int]:
+    """Estimate of what measuring holds at once: a fixed part, and a part per window of text.
+
+    errors: also the output error of each layer, which holds the dense and the lost output of every token.
+    """
+    c, w = _BYTES[compute], _BYTES.get(arch.dtype, 4)
+    d, f, pair = arch.hidden, arch.ffn, 2 if errors else 1
+    share = min(1.0, IMBALANCE * arch.top_k / arch.experts)
+    window = length * (2 * d * c + arch.top_k * 12 + 2 * arch.experts * 4 + (2 * d * c if errors else 0) + share * 3 * pair * d * c)
+    expert = arch.expert_parameters * (c + w) * pair + chunk * (5 * f + 3 * d) * c
+    head = arch.vocab * d * (c + w) + length * arch.vocab * (c + 8)
+    attention = Shape.of(arch).attention * (c + w) + 10 * batch * length * d * c
+    return ALLOCATOR + max(expert, head, attention), int(window)
+
+
+def operations(arch: Architecture, method: WeightMethod | ExpertMethod, tokens: int, length: int, rescale: bool) -> float:
     """Floating-point operations of one calibration and pruning."""
     d, f, sparse = arch.hidden, arch.ffn, len(arch.pruned_layers)
     slots = tokens * arch.top_k * sparse
     total = 2.0 * arch.expert_parameters * slots * (2 + (2 if rescale else 0))
     total += arch.layers * (2.0 * Shape.of(arch).attention * tokens + 2.0 * d * length * tokens)
-    kind = None if method is None else method.statistics
+    kind = getattr(method, "statistics", None)
     if kind is PathMoments:
         total += slots * 4.0 * d * f
     if kind is Hessians:
@@ -130,11 +162,14 @@ def matmul_rate(compute: str, device: torch.device, size: int = 768) -> float:
     return 2.0 * size**3 * count / (time.perf_counter() - started)
 
 
-def forecast(arch: Architecture, method: WeightMethod | None, samples: int, length: int, options: Any) -> dict[str, Any]:
+def forecast(arch: Architecture, method: WeightMethod | ExpertMethod, samples: int, length: int, options: Any) -> dict[str, Any]:
     """The forecast of a recipe's pruning step as plain numbers: bytes, operations, seconds."""
     shape, w = Shape.of(arch), _BYTES.get(arch.dtype, 4)
     tokens = samples * length
     peak = peak_bytes(arch, method, tokens, length, options.compute, options.batch, options.chunk, options.rescale)
+    measuring = evaluation_bytes(
+        arch, options.evaluation.length, options.compute, options.batch, options.chunk, options.evaluation.local_error
+    )
     flop = operations(arch, method, tokens, length, options.rescale)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rate = matmul_rate(options.compute, device)
@@ -148,6 +183,8 @@ def forecast(arch: Architecture, method: WeightMethod | None, samples: int, leng
         "calibration_tokens": tokens,
         "peak_bytes": peak["total"],
         "peak_parts": {k: v for k, v in peak.items() if k != "total"},
+        "evaluation_bytes_fixed": measuring[0],
+        "evaluation_bytes_per_window": measuring[1],
         "bytes_read": shape.total * w,
         "bytes_written": shape.total * w,
         "bytes_of_hidden_states_written": states,
