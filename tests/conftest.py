@@ -22,7 +22,7 @@ import torch
 torch.set_num_threads(1)
 
 
-def run_forked(function: Callable[..., Any], processes: int, *arguments: Any, timeout: float = 400) -> list[Any]:
+def run_forked(function: Callable[..., Any], processes: int, *arguments: Any, timeout: float = 280) -> list[Any]:
     """Run ``function(*arguments)`` in forked processes joined over gloo; returns what each returned, by rank.
 
     ``Context.open()`` inside finds the group already there. Fails with the first rank's traceback. ``timeout`` is against a

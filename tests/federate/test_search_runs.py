@@ -60,12 +60,12 @@ def _processes(folder: str, names: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def test_any_number_of_processes_gives_the_same_bits(tmp_path: Path, forked: Any) -> None:
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_gives_the_same_bits(tmp_path: Path, processes: int, forked: Any) -> None:
     names = ["lag0", "lag1", "rollouts", "domo"]
     alone = _processes(str(tmp_path / "1"), names)
-    for processes in (2, 4):
-        for other in forked(_processes, processes, str(tmp_path / f"{processes}"), names):
-            assert equal(alone, other)
+    for other in forked(_processes, processes, str(tmp_path / f"{processes}"), names):
+        assert equal(alone, other)
 
 
 @pytest.mark.parametrize("name", CASES)
