@@ -45,11 +45,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from xutrain.methods.federate.problem import Confident as Confident
+from xutrain.methods.federate.problem import Networked as Networked
+from xutrain.methods.federate.problem import Problem as Problem
+from xutrain.methods.federate.problem import Teachable as Teachable
+from xutrain.methods.federate.problem import Validated as Validated
 from xutrain.registry import Named
 
 #: A server's or a client's state: tensors, scalars, strings, and dicts or lists of them.
@@ -235,58 +240,6 @@ class Traffic:
     down: dict[str, int]
     up: dict[str, int]
     answers: dict[str, int] = field(default_factory=dict)
-
-
-class Problem(Protocol):
-    """What a client knows: its own data and loss. Vectors are flat, of the model's number of parameters."""
-
-    def gradient(self, point: Tensor, step: int) -> Tensor:
-        """Gradient at ``point`` on the minibatch of local step ``step`` of this round; owned by the caller until the next call."""
-        ...
-
-    def full_gradient(self, point: Tensor) -> Tensor:
-        """Gradient at ``point`` of the mean loss over all the client's samples; leaves running statistics as they were."""
-        ...
-
-    def evaluate(self, point: Tensor, split: str = "val") -> dict[str, float]:
-        """Metrics of ``point`` on the client's own held-out samples."""
-        ...
-
-
-@runtime_checkable
-class Validated(Protocol):
-    """A problem with held-out samples to learn from (not of the model: of how models are weighed)."""
-
-    def validation_gradient(self, point: Tensor) -> Tensor:
-        """Gradient at ``point`` of the mean loss over the client's held-out samples."""
-        ...
-
-
-@runtime_checkable
-class Networked(Protocol):
-    """A problem with further networks."""
-
-    def of(self, name: str) -> Problem:
-        """The same client's problem for the network ``name``."""
-        ...
-
-
-@runtime_checkable
-class Confident(Protocol):
-    """A problem of telling clients apart."""
-
-    def confidence(self, point: Tensor, split: str = "val") -> Tensor:
-        """Probability that ``point`` gives to this client for each of its own samples, shape (n,)."""
-        ...
-
-
-@runtime_checkable
-class Teachable(Protocol):
-    """A problem whose loss may have a teacher."""
-
-    def taught_gradient(self, point: Tensor, teacher: Tensor, step: int) -> Tensor:
-        """As ``gradient``, of the loss plus KL(teacher's prediction || the student's), the teacher held fixed."""
-        ...
 
 
 class FederatedMethod:
