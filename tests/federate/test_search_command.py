@@ -29,7 +29,7 @@ def test_agents_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None
     card = output(capsys, "show", "agent", "gaussian", "--json")
     assert {"lr", "cov", "init_std", "natural_gradient"} <= {o["option"] for o in card["options"]}
     assert {"lag", "window", "baseline", "rollouts", "space.lr.scale", "space.weights.form"} <= {o["option"] for o in card["search"]}
-    assert "federate/autofedrl" in card["recipes"] and card["file"].endswith("search/gaussian.py")
+    assert "federate/auto_fedrl" in card["recipes"] and card["file"].endswith("search/gaussian.py")
 
 
 def test_a_method_says_what_may_be_searched(capsys: pytest.CaptureFixture[str]) -> None:

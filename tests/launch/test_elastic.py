@@ -23,7 +23,7 @@ RUNS: dict[str, tuple[list[str], int, tuple[int, int]]] = {
     "sparsify/def": (["train.steps=12", "model.hidden=[16]", "log.every=1"], 4, (3, 7)),
     "federate/domo": (["log.every=1"], 2, (1, 2)),
     "federate/fedsm": (["log.every=1"], 3, (1, 2)),
-    "federate/autofedrl": (["log.every=1"], 2, (1, 2)),
+    "federate/auto_fedrl": (["log.every=1"], 2, (1, 2)),
     "pipeline/dsp": (["runtime={poll: 1, drain: end}"], 3, (9, 20)),
     "vertical/afsgd": ([], 3, (900, 1900)),
     "prune/distill": (["distill.steps=4", "checkpoint.every=1", "log.every=1"], 2, (1, 4)),

@@ -27,7 +27,7 @@ RUNS = {
     "sparsify/def": ["train.steps=30", "checkpoint.every=1", "eval.every=5", "log.every=1", "model.hidden=[16]"],
     "federate/domo": ["checkpoint.every=1"],
     "federate/fedsm": ["checkpoint.every=1"],
-    "federate/autofedrl": ["checkpoint.every=1"],
+    "federate/auto_fedrl": ["checkpoint.every=1"],
     "pipeline/dsp": ["checkpoint.every=2"],
     "vertical/afsgd": ["checkpoint.every=200"],
     "prune/distill": ["distill.steps=6", "checkpoint.every=1", "log.every=1"],

@@ -19,7 +19,7 @@ TARGETS = [
     ("vertical", "afsgd", ["seed", "checkpoint.keep", "threads"]),
     ("pretrain", "dsm", ["seed", "checkpoint.keep", "workers"]),
     ("prune", "moe_pruner", ["seed", "checkpoint.keep", "threads"]),
-    ("federate", "autofedrl", ["search.window", "search.rollouts", "search.reward_clip", "search.lag", "clients.val_fraction", "seed"]),
+    ("federate", "auto_fedrl", ["search.window", "search.rollouts", "search.reward_clip", "search.lag", "clients.val_fraction", "seed"]),
     ("federate", "fedsm", ["clients.count", "train.rounds", "train.lr", "eval.every", "checkpoint.keep", "seed"]),
 ]
 SECTIONS = ["data", "model", "checkpoint", "log", "paper"]
