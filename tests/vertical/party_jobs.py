@@ -61,7 +61,7 @@ def in_thread(party: str, run: Callable[[], Any], results: dict[str, Any]) -> th
     return thread
 
 
-def join(threads: Iterable[threading.Thread], seconds: float = 120) -> None:
+def join(threads: Iterable[threading.Thread], seconds: float = 200) -> None:
     """Wait for all of them; the limit is there for a hang, not for a slow machine."""
     until = time.monotonic() + seconds
     for thread in threads:
