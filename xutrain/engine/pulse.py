@@ -44,11 +44,12 @@ class Pulse:
         self.logs, self.rank, self.processes, self.each = folder / "logs", rank, processes, each
         self.logs.mkdir(parents=True, exist_ok=True)
         self.iteration = 0
-        self._file = -1
+        self._file, self._locked = -1, False
         if processes > 1:
-            self._file = os.open(self._path(rank), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+            self._file = os.open(self._path(rank), os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(self._file, fcntl.LOCK_SH)
+                self._locked = True
         self.beat(0)
 
     def _path(self, rank: int) -> Path:
@@ -114,7 +115,7 @@ class Pulse:
                     return int(told["rank"]), int(told["iteration"]), told["text"]
                 return rank, self._iteration_of(rank), text
             if dead:
-                first = peer if peer in dead else min(dead, key=lambda r: _changed(self._path(r)))
+                first = peer if peer in dead else min(dead, key=lambda r: _changed(self._path(r)) or float("inf"))
                 return first, self._iteration_of(first), "the process ended without a word (killed?)"
             if time.monotonic() > deadline:
                 return None
@@ -139,7 +140,7 @@ class Pulse:
         """The other processes of this machine that do not hold their pulse. Of other machines nothing is known."""
         first = self.rank - int(os.environ.get("LOCAL_RANK", self.rank))
         here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", self.processes)))
-        return [r for r in here if r != self.rank and self._gone(r)]
+        return [r for r in here if r != self.rank and self._gone(r)] if self._locked else []
 
     def _gone(self, rank: int) -> bool:
         """Whether nobody holds a pulse: the system lets go of a lock when a process ends, however it ends."""
@@ -149,7 +150,7 @@ class Pulse:
         except FileNotFoundError:
             return True  # it ended before it began
         except OSError:
-            return False  # held, or a file system without locks
+            return False  # held
         return True
 
 
