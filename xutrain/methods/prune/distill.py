@@ -34,7 +34,7 @@ def expert_loss(
 ) -> Tensor:
     """L_expert of one batch; ``own`` and ``theirs`` are the traces (x, index, weight, prob) of student and teacher."""
     total = own[0][0].new_zeros(())
-    sparse = [pair for pair in zip(student.layers, teacher.layers, strict=True) if student.arch.has_experts(pair[0].index)]
+    sparse = [(student.layers[i], teacher.layers[i]) for i in student.arch.pruned_layers]
     for (mine, its), (xs, index_s, _, _), (xt, index_t, _, _) in zip(sparse, own, theirs, strict=True):
         for e, (expert, model) in enumerate(zip(experts_of(mine), experts_of(its), strict=True)):
             reached = (index_t == e).any(1)
