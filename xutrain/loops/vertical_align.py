@@ -12,7 +12,8 @@ import numpy as np
 
 from xutrain.errors import DataError, Failed, Issue
 from xutrain.loops.vertical_job import job_hash
-from xutrain.loops.vertical_party import PING_S, Say
+from xutrain.loops.vertical_party import Say
+from xutrain.loops.vertical_presence import PING_S
 from xutrain.methods.vertical.psi import Blinder, split, to_point
 from xutrain.methods.vertical.transports.identity import Identity
 from xutrain.methods.vertical.transports.link import Link
