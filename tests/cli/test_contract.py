@@ -100,6 +100,70 @@ def test_changed_metrics_are_noticed(capfd: pytest.CaptureFixture[str], runs: Pa
     assert "was changed after the run ended" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("how", ["result", "checksums gone", "no result"])
+def test_a_changed_result_is_not_recalled(how: str, capfd: pytest.CaptureFixture[str], runs: Path) -> None:
+    arguments = ["quantize", *QUICK, "--out", str(runs), "--json"]
+    file = Path(_json(arguments, capfd)["run"]) / "state.json"
+    state = json.loads(file.read_text())
+    state["result"]["metrics"]["test_accuracy"] = 0.99
+    if how != "result":
+        state = {k: v for k, v in state.items() if not k.endswith("_sha256")}
+    if how == "no result":
+        del state["result"]
+    file.write_text(json.dumps(state))
+    told = _json(arguments, capfd, 1)
+    assert any("state.json" in e["where"] and "was changed after the run ended" in e["what"] for e in told["errors"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["quantize", "--foo"], "No such option: --foo"),
+        (["quantise"], "quantize"),
+        (["quantize", "--nproc", "x"], "--nproc: "),
+        (["quantize", "--config", "orq", "--seeds", "²"], "--seeds: must be whole numbers"),
+        (["quantize", "--config", "orq", "--seeds", "9" * 5000], "--seeds: must be whole numbers"),
+        (["quantize", "--config", "orq", "verb=sparsify"], "verb: cannot be changed"),
+        (["sweep"], "SUITE"),
+        (["pipeline", "plan", "--foo"], "No such option: --foo"),
+    ],
+)
+def test_wrong_flags_are_told_like_wrong_keys(arguments: list[str], says: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([*arguments, "--json"]) == 2
+    out, told = capfd.readouterr()
+    assert told.startswith("error: ") and "\nhint: " in told and says in told
+    assert (value := json.loads(out))["exit_code"] == 2 and value["errors"]
+
+
+def test_stdout_is_the_result_whatever_a_plugin_prints(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loud_codec.py").write_text(
+        "from xutrain.methods.codecs.onebit import OneBit\nfrom xutrain.registry import codec\nprint('imported')\n"
+        "@codec('loud', summary='one bit that prints')\nclass Loud(OneBit):\n"
+        "    def encode(self, vector, key=None):\n        print('encodes')\n        return super().encode(vector, key)\n"
+    )
+    (tmp_path / "torn_codec.py").write_text("def broken(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("xutrain.registry._PLUGINS", {})  # gone after the test
+    over = ["codec=loud", "plugins=[loud_codec]", "--out", str(runs), "--json"]
+    assert run(["quantize", *QUICK, *over]) == 0
+    out, told = capfd.readouterr()
+    assert json.loads(out)["codec"] == "loud" and "imported" in told and "encodes" in told
+    assert _json(["quantize", *QUICK, "plugins=[torn_codec]", "--json"], capfd, 2)["errors"][0]["what"].startswith("is not Python")
+
+
+def test_a_path_may_leave_out_yaml(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe of the catalogue comes first where only a name is given."""
+    (tmp_path / "mine.yaml").write_text("extends: quantize/orq\nverb: quantize\n")
+    (tmp_path / "fp.yaml").write_text("extends: quantize/orq\nverb: quantize\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "./mine", str(tmp_path / "mine"), "mine.yaml"):
+        assert _json(["show", name, "--json"], capfd)["recipe"]["codec"]["name"] == "orq"
+    assert _json(["show", "fp", "--json"], capfd)["recipe"]["codec"] in ("fp", {"name": "fp"})
+    assert _json(["show", "./fp", "--json"], capfd)["recipe"]["codec"]["name"] == "orq"
+
+
 def test_fresh_keeps_the_old_folder(capfd: pytest.CaptureFixture[str], runs: Path) -> None:
     arguments = ["quantize", *QUICK, "--out", str(runs), "--json"]
     folder = Path(_json(arguments, capfd)["run"])

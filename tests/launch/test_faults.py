@@ -149,6 +149,7 @@ def test_full_disk(small_disk: Path, capfd: pytest.CaptureFixture[str], whole: b
     code = run(_arguments(small_disk))
     text = capfd.readouterr().err
     assert code == 1 and "error:" in text and "Traceback" not in text, text
+    assert str(folder) in text or "the file system" in text, text
     assert damage(folder / "checkpoints" / "step-000002") == ""
     filler.unlink()
     code, _, text = _run(small_disk, capfd)
@@ -170,6 +171,53 @@ def test_fresh_never_from_under_a_run(tmp_path: Path, capfd: pytest.CaptureFixtu
         assert run([*_arguments(tmp_path / "runs"), "--fresh"]) == 2
     assert "is being run by another xutrain" in capfd.readouterr().err
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_remove_never_from_under_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = _stopped(tmp_path / "runs", capfd)
+    with FileLock(str(folder / ".lock"), timeout=0):
+        assert run(["runs", "rm", str(folder), "--yes"]) == 2
+    assert "is being run by another xutrain" in capfd.readouterr().err and (folder / "run.json").is_file()
+    assert run(["runs", "rm", str(folder), "--yes"]) == 0 and not folder.exists()
+
+
+def test_a_run_that_could_not_say_how_it_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its state still says running; the listing does not, once its process is gone."""
+    folder = _stopped(tmp_path / "runs", capfd)
+    ended = multiprocessing.get_context("fork").Process(target=os._exit, args=(0,))
+    ended.start()
+    ended.join()
+    for pid, status in ((os.getpid(), "running"), (ended.pid, "killed")):
+        (folder / "state.json").write_text(json.dumps({"status": "running", "pid": pid}))
+        assert run(["runs", "ls", "--out", str(tmp_path / "runs"), "--json"]) == 0
+        assert json.loads(capfd.readouterr().out)[0]["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", b'5\n{}\n{"step": 1}\n\xff\xfe\x00\n'),
+        ("state.json", b"{"),
+        ("run.json", b'{"starts": 5, "notes": 5}'),
+        ("checkpoints/step-abc/shared.pt", b"x"),
+        ("checkpoints/step-000004/manifest.json", b"[]"),
+        ("checkpoints/step-000004/manifest.json", b'{"step": 4, "sha256": {}}'),
+        ("checkpoints/step-000004/manifest.json", b'{"step": "x", "sha256": {}}'),
+    ],
+    ids=["metrics", "state", "run", "a folder's name", "no mapping", "no files", "no step"],
+)
+def test_foreign_content(name: str, content: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str], whole: bytes) -> None:
+    """What no run wrote is passed over: listed, shown, exported, and the run goes on to the same bytes."""
+    folder = _stopped(tmp_path / "runs", capfd)
+    file = folder / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content + (file.read_bytes() if name == "metrics.jsonl" else b""))
+    for look in (["runs", "ls", "--out", str(tmp_path / "runs")], ["runs", "show", str(folder)], ["export", str(folder), "--to", "csv"]):
+        assert run([*look, "--json"]) == 0
+        json.loads(capfd.readouterr().out)
+    code, _, text = _run(tmp_path / "runs", capfd)
+    assert code == 0, text
+    assert _model(folder) == whole
 
 
 def test_processes_of_a_killed_launcher_are_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import importlib
 import sys
+from typing import Any
 
 import typer
 
@@ -32,6 +33,8 @@ report.register(app)
 export.register(app)
 doctor.register(app)
 bench.register(app)
+#: what Typer raises for a wrong flag, argument or command
+_FlagError: Any = typer.BadParameter.__mro__[1]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: groups of commands, imported by name when they are there
 GROUPS = {
@@ -72,26 +75,44 @@ def run(arguments: list[str]) -> int:
     """Run a command line; returns the exit code. Faults of the user are printed without a stack trace."""
     try:
         chosen, name, rest = _route(arguments)
-        code = chosen(rest, prog_name=name, standalone_mode=True)
+        code = chosen(rest, prog_name=name, standalone_mode=False)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except XutrainError as error:
-        console.print_issues(error.issues)
-        if "--json" in arguments:
-            console.print_json({"status": "error", "exit_code": error.exit_code, "errors": [i.as_dict() for i in error.issues]})
-        return error.exit_code
+        return _tell(error.issues, error.exit_code, arguments)
+    except _FlagError as error:
+        if not str(error):  # a group without a command has printed its help
+            return error.exit_code
+        return _tell([_flag_issue(error)], error.exit_code, arguments)
     except OSError as error:  # the machine: a full disk, a folder that may not be written
         place = str(error.filename or "the file system")
         hint = "free some space, or give another --out; checkpoints that were written are whole" if error.errno in _FULL else ""
-        issue = Issue(place, error.strerror or str(error), hint=hint, has_value=False)
-        console.print_issues([issue])
-        if "--json" in arguments:
-            console.print_json({"status": "error", "exit_code": 1, "errors": [issue.as_dict()]})
+        if isinstance(error, (PermissionError, NotADirectoryError)) or error.errno == errno.EROFS:
+            hint = "give a folder that can be written, such as --out DIR"
+        return _tell([Issue(place, error.strerror or str(error), hint=hint, has_value=False)], 1, arguments)
+    except typer.Abort:  # a question that nobody answered
+        console.err.print("aborted")
         return 1
     except KeyboardInterrupt:
         console.err.print("interrupted")
         return 130
-    return int(code or 0)
+    return code if isinstance(code, int) else 0
+
+
+def _tell(issues: list[Issue], code: int, arguments: list[str]) -> int:
+    """Errors for people on stderr, under ``--json`` as one document on stdout as well; the exit code."""
+    console.print_issues(issues)
+    if "--json" in arguments:
+        console.print_json({"status": "error", "exit_code": code, "errors": [issue.as_dict() for issue in issues]})
+    return code
+
+
+def _flag_issue(error: Any) -> Issue:
+    """What is wrong with the flags or arguments, in the form of every other error."""
+    command = error.ctx.command_path if getattr(error, "ctx", None) is not None else "xutrain"
+    option = getattr(getattr(error, "param", None), "opts", [])
+    where, what = (option[0], error.message) if option and error.message else ("", error.format_message())
+    return Issue(where, what.rstrip("."), has_value=False, hint=f"{command} --help")
 
 
 def _route(arguments: list[str]) -> tuple[typer.Typer, str, list[str]]:

@@ -29,10 +29,11 @@ def print_issues(issues: list[Issue]) -> None:
 
 
 def table(columns: list[str], rows: list[list[Any]], title: str | None = None, *, wrap: bool = True) -> None:
-    """A plain table; numbers are shortened to four significant digits. Without ``wrap`` a row stays one line, however wide."""
+    """A plain table; numbers are shortened to four significant digits. Without ``wrap``, and in a pipe, a row stays one line."""
+    wrap = wrap and out.is_terminal
     view = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        view.add_column(column, no_wrap=not wrap)
+        view.add_column(column, no_wrap=not wrap, overflow="fold")
     for row in rows:
         view.add_row(*(show(v) for v in row))
     page = out if wrap else Console(width=max(out.width, 400), soft_wrap=True, highlight=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +13,7 @@ import typer
 from xutrain.cli import console
 from xutrain.engine.record import read_json, read_metrics
 from xutrain.errors import Issue, UsageError
+from xutrain.launch.plan import run_lock
 
 app = typer.Typer(no_args_is_help=True)
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where run folders are.")]
@@ -37,19 +40,34 @@ def ls(
             [r["verb"], r["recipe"], r["method"], r["codec"], r["seed"], r["status"], r["step"], _short(r["metrics"]), r["run"]]
             for r in rows
         ]
-        console.table(["verb", "recipe", "method", "codec", "seed", "status", "step", "metrics", "folder"], shown)
+        console.table(["verb", "recipe", "method", "codec", "seed", "status", "step", "metrics", "folder"], shown, wrap=False)
 
 
 def _row(folder: Path) -> dict[str, Any]:
     run, state = read_json(folder / "run.json"), read_json(folder / "state.json")
     head = {key: run.get(key) for key in ("verb", "recipe", "method", "codec", "seed")}
+    result = state.get("result")
     return {
         **head,
         "run": str(folder),
-        "status": state.get("status", "queued"),
+        "status": "killed" if _killed(run, state) else state.get("status", "queued"),
         "step": state.get("step"),
-        "metrics": state.get("result", {}).get("metrics", {}),
+        "metrics": result.get("metrics", {}) if isinstance(result, dict) else {},
     }
+
+
+def _killed(run: dict[str, Any], state: dict[str, Any]) -> bool:
+    """Whether a run says that it runs as a process of this machine which is not there: it could not say how it ended."""
+    host, pid = run.get("host"), state.get("pid")
+    if state.get("status") != "running" or state.get("job") or not isinstance(pid, int) or not isinstance(host, dict):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return host.get("name") == platform.node()
+    except OSError:  # somebody else's
+        pass
+    return False
 
 
 def _short(metrics: dict[str, Any]) -> str:
@@ -104,7 +122,8 @@ def rm(
     if not yes and not typer.confirm(f"remove {len(opened)} run folder(s)?", err=True):
         raise typer.Exit(1)
     for folder in opened:
-        shutil.rmtree(folder)
+        with run_lock(folder):  # never from under a run
+            shutil.rmtree(folder)
         console.err.print(f"removed {folder}", markup=False)
 
 

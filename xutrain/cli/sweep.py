@@ -83,7 +83,9 @@ def sweep(
         console.print_json(values[0] if len(prepared) == 1 else {"suites": values})
     else:
         _show_tables(tables[: len(values)], out)
-        console.err.print(f"next: xutrain report {' '.join(names)}" + (f" --scale {scale}" if scale != "cpu" else ""), markup=False)
+        flags = (f" --scale {scale}" if scale != "cpu" else "") + (" --smoke" if smoke else "")
+        flags += f" --runs {out}" if out != Path("runs") else ""
+        console.err.print(f"next: xutrain report {' '.join(names)}{flags}", markup=False)
     raise typer.Exit(worst)
 
 

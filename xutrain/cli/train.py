@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,7 +106,8 @@ def _verb(family: Family) -> Any:
             return
         from xutrain.launch.run import launch, summary
 
-        results = [launch(p) for p in plans]
+        with contextlib.redirect_stdout(sys.stderr):  # what a method, a plugin or a library prints is not the result
+            results = [launch(p) for p in plans]
         if not quiet:
             for result in results:
                 if result.get("recalled"):
@@ -140,7 +143,7 @@ def _plans(
 def parse_seeds(text: str) -> list[int]:
     """``0,1,2`` as numbers. Raises UsageError for anything else, and for a seed given twice."""
     parts = [p.strip() for p in text.split(",")]
-    if not all(p.isdigit() for p in parts):
+    if not all(p.isascii() and p.isdigit() and len(p) <= 10 for p in parts):
         raise UsageError(Issue("--seeds", "must be whole numbers separated by commas", text, "for example --seeds 0,1,2"))
     numbers = [int(p) for p in parts]
     if len(set(numbers)) < len(numbers):

@@ -152,7 +152,8 @@ class Checkpoints:
             raise Failed(Issue(str(self.folder), f"checkpoint could not be written: {problems[0]}", has_value=False, hint=hint))
 
     def _steps(self) -> list[Path]:
-        return sorted((p for p in self.folder.glob("step-*") if p.is_dir()), key=lambda p: int(p.name.split("-")[1]))
+        found = (p for p in self.folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal())
+        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
     def latest(self, *, own: bool = True) -> Saved | None:
         """The newest checkpoint whose files match their checksums; damaged ones are passed over with a note.
@@ -174,8 +175,10 @@ class Checkpoints:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ValueError where it is none."""
     value = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    assert isinstance(value, dict)
+    if not isinstance(value, dict) or not isinstance(value.get("step"), int) or not isinstance(value.get("sha256"), dict):
+        raise ValueError("the manifest names no step or no files")
     return value
 
 
@@ -183,10 +186,12 @@ def damage(folder: Path) -> str:
     """What is wrong with a checkpoint's files; empty where nothing is."""
     try:
         sums = read_manifest(folder)["sha256"]
+        if unnamed := {f.name for f in folder.iterdir()} - {*sums, _MANIFEST}:
+            return f"{min(unnamed)} is not in its manifest"
         for name, expected in sums.items():
             if _digest(folder / name) != expected:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -13,13 +14,19 @@ from typing import Any
 
 from xutrain.engine.meter import BitMeter
 from xutrain.engine.sinks import Sink
+from xutrain.errors import Failed, Issue
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader never sees half of it."""
+    """Write a JSON file so that a reader never sees half of it. An OSError names the file."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -72,9 +79,8 @@ class Record:
         """
         if not self.is_main:
             return
-        if self._file is None:
-            self._file = self._metrics.open("a", encoding="utf-8")
         where = {"round": round, "epoch": epoch, **tags}
+        lines = []
         for name, value in values.items():
             number = float(value)
             line = {
@@ -88,10 +94,22 @@ class Record:
                 "wall_s": round_to_ms(self.wall_s),
                 "seed": self._seed,
             }
-            self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+            lines.append(json.dumps(line) + "\n")
+        self._append("".join(lines))
         for sink in self._sinks:
             sink.values(step, {**{f"{k}": v for k, v in where.items() if v is not None}, **values})
+
+    def _append(self, text: str) -> None:
+        """Raises Failed where the disk refuses; the half line that it may leave is passed over by readers."""
+        try:
+            if self._file is None:
+                self._file = self._metrics.open("ab", buffering=0)
+            rest = memoryview(text.encode())
+            while rest:  # a disk that fills up takes a part first
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            hint = "free some space; the checkpoints are whole, and the same command goes on from the last"
+            raise Failed(Issue(str(self._metrics), f"could not be written: {error.strerror}", has_value=False, hint=hint)) from None
 
     def progress(self, step: int, total: int, unit: str = "step", **shown: float) -> None:
         """Say how far the run is; sinks decide whether to show it."""
@@ -174,18 +192,23 @@ def result_digest(result: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
+#: what every line of metrics.jsonl has
+_LINE = {"step", "split", "name", "value", "bits_up", "bits_down", "wall_s", "seed"}
+
+
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that a kill tore is left out."""
+    """The lines of a run's metrics.jsonl; a line that a kill tore, or that no record wrote, is left out."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 value = json.loads(line)
             except ValueError:
                 continue
-            yield value
+            if isinstance(value, dict) and value.keys() >= _LINE and isinstance(value["step"], int):
+                yield value
 
 
 def round_to_ms(seconds: float) -> float:

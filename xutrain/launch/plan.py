@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 import platform
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from xutrain.engine.record import read_json, write_json
 from xutrain.errors import Issue, UsageError
 from xutrain.recipe import yamlfile
 from xutrain.recipe.identity import group_id
@@ -79,7 +79,7 @@ class RunPlan:
         (self.folder / "recipe.yaml").write_text(yamlfile.dump(recipe), encoding="utf-8")
         (self.folder / "source.yaml").write_text(self.loaded.source, encoding="utf-8")
         (self.folder / "overrides.txt").write_text("".join(f"{o}\n" for o in self.loaded.overrides), encoding="utf-8")
-        earlier = _read(self.folder / "run.json")
+        earlier = read_json(self.folder / "run.json")
         value = {
             **self.describe(),
             "group": group_id(self.recipe),
@@ -92,20 +92,14 @@ class RunPlan:
             "git": git_state(),
             "host": {"name": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()},
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "starts": [*earlier.get("starts", []), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")],
-            "notes": earlier.get("notes", []),
+            "starts": [*_list(earlier.get("starts")), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")],
+            "notes": _list(earlier.get("notes")),
         }
-        aside = self.folder / f".run.json.{os.getpid()}"
-        aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, self.folder / "run.json")
+        write_json(self.folder / "run.json", value)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 @contextlib.contextmanager
@@ -115,7 +109,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        who = f"process {pid} runs it; " if (pid := _read(folder / "state.json").get("pid")) else ""
+        who = f"process {pid} runs it; " if (pid := read_json(folder / "state.json").get("pid")) else ""
         hint = f"{who}stop it with `xutrain runs stop {folder}`, or give another --out"
         raise UsageError(Issue(str(folder), "is being run by another xutrain", has_value=False, hint=hint)) from None
     try:

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from xutrain.engine.record import metrics_digest, read_json, read_metrics, write_json
-from xutrain.errors import Failed, Issue
+from xutrain.engine.record import read_json, read_metrics, write_json
 from xutrain.launch.plan import RunPlan, bits_summary, run_lock
 from xutrain.launch.torchrun import processes_lock, run_processes
+from xutrain.report import runs as run_folders
 
 #: status of a run -> exit code of the command line
 EXIT_CODES = {"done": 0, "failed": 1, "diverged": 4, "stopped": 75}
@@ -28,12 +28,13 @@ def launch(plan: RunPlan) -> dict[str, Any]:
     with run_lock(plan.folder), processes_lock(plan.folder) as processes:
         state = read_json(plan.folder / "state.json")
         if state.get("status") == "done":
-            _refuse_tampered(plan.folder, state)
-            return {**state["result"], "run": str(plan.folder), "exit_code": 0, "recalled": True}
+            result = run_folders.read(plan.folder).result
+            return {**result, "run": str(plan.folder), "exit_code": 0, "recalled": True}
+        began = bool(state) or bool(read_json(plan.folder / "run.json").get("starts"))
         plan.write()
         for old in (plan.folder / "logs").glob("fault-*.json"):
             old.unlink()
-        if state:  # a request to stop was meant for the start before this one
+        if began:  # a request to stop was meant for the start before this one
             with contextlib.suppress(FileNotFoundError):
                 (plan.folder / "STOP").unlink()
             # how that start ended says nothing of this one, whose processes may die before they can say "running"
@@ -99,19 +100,6 @@ def _cause(folder: Path, code: int) -> dict[str, Any]:
         f"hint: see {folder / 'logs'}; the same command goes on from the last checkpoint",
     ]
     return {"status": "failed", "exit_code": 1, "error": text}
-
-
-def _refuse_tampered(folder: Path, state: dict[str, Any]) -> None:
-    if state.get("metrics_sha256") not in (None, metrics_digest(folder)):
-        hint = "run it again with --fresh; the old folder is kept aside"
-        raise Failed(
-            Issue(
-                str(folder / "metrics.jsonl"),
-                "was changed after the run ended: its checksum differs from state.json",
-                has_value=False,
-                hint=hint,
-            )
-        )
 
 
 def public(result: dict[str, Any]) -> dict[str, Any]:

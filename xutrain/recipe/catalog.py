@@ -69,6 +69,8 @@ def find(config: str, verb: str | None = None) -> tuple[Path, str | None]:
         raise RecipeError(
             Issue("--config", f"is a recipe of `{homes[0]}`, not of `{verb}`", config, f"xutrain {homes[0]} --config {config}")
         )
+    if _is_file(beside := path.with_name(f"{path.name}.yaml") if path.name else path):
+        return beside, _verb_of(beside)
     names = [n if verb else f"{v}/{n}" for v, n in known if verb in (None, v)]
     near = suggest(stem.rsplit("/", 1)[-1] if verb else stem, names)
     listing = "xutrain ls recipes"

@@ -62,6 +62,8 @@ def build(family: Family, raw: dict[str, Any], overrides: Iterable[str] = (), *,
     apply(raw, overrides)
     if seed is not None:
         raw["seed"] = seed
+    if (said := raw.get("verb") or family.verb) != family.verb:
+        raise RecipeError(Issue("verb", f"cannot be changed: this is a recipe of `{family.verb}`", said, "xutrain ls recipes"))
     return validate(recipe_class(family), raw, family.verb)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
 import types
 import typing
 from typing import Any
@@ -95,6 +97,11 @@ def _import_plugins(plugins: Any) -> None:
         if not all(part.isidentifier() for part in str(module).split(".")):
             raise RecipeError(Issue("plugins", "is not the name of a Python module", module, "dots between words, such as my_lab.codecs"))
         try:
-            importlib.import_module(str(module))
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is the result's
+                importlib.import_module(str(module))
         except ImportError as error:
-            raise RecipeError(Issue("plugins", f"cannot import: {error}", module, "install the package that holds it")) from None
+            hint = "install the package that holds it, or put its folder on PYTHONPATH"
+            raise RecipeError(Issue("plugins", f"cannot import: {error}", module, hint)) from None
+        except SyntaxError as error:
+            place = f"{error.filename}, line {error.lineno}"
+            raise RecipeError(Issue("plugins", f"is not Python: {error.msg} ({place})", module)) from None

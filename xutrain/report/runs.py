@@ -40,7 +40,8 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        return dict(self.state.get("result", {}))
+        found = self.state.get("result")
+        return found if isinstance(found, dict) else {}
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -117,10 +118,10 @@ def read_all(folders: Iterable[Path]) -> list[Run]:
 def _verify(run: Run) -> None:
     hint = f"run it again with --fresh; `xutrain runs rm {run.folder}` removes it"
     wrong: list[Issue] = []
-    if run.state.get("metrics_sha256") not in (None, metrics_digest(run.folder)):
+    if run.state.get("metrics_sha256") != metrics_digest(run.folder):
         what = "was changed after the run ended: its checksum differs from state.json"
         wrong.append(Issue(str(run.folder / "metrics.jsonl"), what, hint=hint, has_value=False))
-    if run.state.get("result_sha256") not in (None, result_digest(run.result)):
+    if run.state.get("result_sha256") != result_digest(run.result):
         what = "was changed after the run ended: its result differs from its checksum"
         wrong.append(Issue(str(run.folder / "state.json"), what, hint=hint, has_value=False))
     said = identity(run.folder / "recipe.yaml")
