@@ -169,7 +169,7 @@ def padded(unit_ms: float, batches: int, repeats: int) -> tuple[list[Row], list[
 
 def stragglers(unit_ms: float, batches: int, repeats: int, slow: tuple[float, ...]) -> tuple[list[Row], list[Ratio]]:
     """Three stages of 4 units, each slowed by 1 + s in an iteration with probability 1/3: sleeping ranks, and the time model twice, with
-    the very slow-downs that the ranks had and in the mean of long runs (the table of the specification)."""
+    the very slow-downs that the ranks had and in the mean of long runs."""
     rows: list[Row] = []
     shapes = [([1, 1, 0], [4, 2, 0]), ([2, 2, 0], [6, 3, 0]), ([3, 3, 0], [10, 5, 0]), ([10, 10, 0], [40, 20, 0])]
     for p, m in shapes:

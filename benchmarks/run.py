@@ -54,7 +54,7 @@ SCRIPTS = {
     "pipeline_stragglers": Script("pipeline.py", ("stragglers", "--repeats", "1"), 1, 300),
     "vertical": Script("vertical.py", ("tls", "credit", "vertimosaic"), 1, 200),
     "vertical_sleeping": Script("vertical.py", ("sleeping",), 1, 300),
-    "vertical_straggler": Script("vertical.py", ("straggler",), 1, 600),
+    "vertical_straggler": Script("vertical.py", ("straggler",), 1, 500),
     "pruning": Script("pruning.py", (), 1, 400),
 }
 

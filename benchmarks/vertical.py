@@ -37,7 +37,7 @@ from xutrain.methods.vertical.measure import References, auc
 from xutrain.recipe.load import from_dict, load
 
 Row = dict[str, Any]
-#: target gap, step size, epochs; of the specification's table
+#: target gap, step size, epochs
 TARGETS = {"afsgd": (5e-3, 0.01, 12), "afsvrg": (1e-5, 0.03, 30), "afsaga": (1e-5, 0.03, 40)}
 PARTS = ("straggler", "sleeping", "tls", "credit", "vertimosaic")
 

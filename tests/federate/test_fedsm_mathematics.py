@@ -316,7 +316,7 @@ def test_nobody_votes_in_round_0_and_the_best_is_kept() -> None:
 
 
 def numpy_fedsm(sites: list[Site], rounds: int, steps: list[int], lr: float, lam: float, selector_lr: float, epochs: int) -> dict[str, Any]:
-    """FedSM of section 3 of the specification in plain loops over floats: no code of the package takes part."""
+    """FedSM in plain loops over floats: no code of the package takes part."""
     k, d = len(sites), sites[0].inputs.shape[1]
     data = [(s.inputs.numpy(), s.targets.numpy()) for s in sites]
     held = [(s.held[0].numpy(), s.held[1].numpy()) for s in sites]

@@ -181,7 +181,7 @@ def _endure(job: Job, whole: dict[str, Any], moments: random.Random, plan: list[
                 if moments.random() < 0.5:  # else the next start finds processes that still save
                     job.gone(60)
             else:
-                job.gone(20)
+                job.gone(60)
                 code = launcher.returncode
                 assert code in (0, 1) and "Traceback" not in told, (kind, told)
                 assert code == 0 or "error:" in told, told
@@ -191,7 +191,7 @@ def _endure(job: Job, whole: dict[str, Any], moments: random.Random, plan: list[
         else:
             _, told = launcher.communicate(timeout=120)
             assert launcher.returncode == 0, told
-            job.gone(5)
+            job.gone(60)
             _assert_same(job.folder, whole)
             shutil.rmtree(job.folder)
     launcher = job.start()
@@ -201,7 +201,7 @@ def _endure(job: Job, whole: dict[str, Any], moments: random.Random, plan: list[
         launcher = job.start()
         _, told = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, told
-    job.gone(5)
+    job.gone(60)
     _assert_same(job.folder, whole)
     assert not [p for p in job.folder.rglob(".*") if p.suffix in (".aside", ".gone", ".before") or p.name.startswith(".run.json.")]
 
@@ -251,7 +251,7 @@ def test_asked_to_stop_in_every_way(job: Job, runs: Path, request: pytest.Fixtur
         state = read_json(job.folder / "state.json")
         assert (launcher.returncode, state["status"]) == (75, "stopped"), told
         assert "stopped after" in " ".join(state["error"]) and "Traceback" not in told, state
-        job.gone(5)
+        job.gone(60)
     launcher = job.start()
     _, told = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, told

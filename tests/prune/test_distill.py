@@ -1,4 +1,4 @@
-"""Distillation keeps masks and follows eq. 10 (spec 7.12)."""
+"""Distillation keeps masks and follows eq. 10."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole experts: NAEE, REAP, EAN, frequency (spec 7.13), and the router-load score (7.11)."""
+"""Whole experts: NAEE, REAP, EAN, frequency, and the router-load score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact properties of the scores (spec 7.1 to 7.8, 7.16, 7.17), in double precision."""
+"""Exact properties of the scores, in double precision."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_metric_wins_where_gates_and_inputs_are_correlated() -> None:
 
 
 def outlier_twin(e: Expert, x: torch.Tensor) -> tuple[Expert, torch.Tensor]:
-    """The same function with rescaled channels, as large models have them (spec 9.4)."""
+    """The same function with rescaled channels, as large models have them."""
     c = torch.randn(x.shape[1], generator=rng(21), dtype=torch.float64).exp()
     u = torch.randn(e.up.shape[0], generator=rng(22), dtype=torch.float64).exp()
     return Expert(e.gate / c, e.up / c * u.unsqueeze(1), e.down / u), x * c

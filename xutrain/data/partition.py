@@ -47,7 +47,7 @@ class Samples:
 class Similarity:
     """Permute all indices; the first round(s N) are dealt in K near-equal parts; the rest, stably sorted by label, in K
     contiguous near-equal parts; client k has part k of both. Sizes differ by at most 2. s = 1 is iid; s = 0 gives a client
-    one or two classes when classes are larger than shares. Source: arXiv 2102.03970 section 5 (after arXiv 1910.06378)."""
+    one or two classes when classes are larger than shares. Source: arXiv 2102.03970 (after arXiv 1910.06378)."""
 
     class Options(Named):
         name: Literal["similarity"] = "similarity"

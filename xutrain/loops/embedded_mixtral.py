@@ -111,7 +111,7 @@ def train(size: Any, seed: int, say: Callable[[int, int, float], None], stop: Ca
 
 
 def with_outliers(state: dict[str, Tensor], arch: Architecture, key: Key) -> dict[str, Tensor]:
-    """The same function with unequal channels (spec 9.4): gains of the norm times c and W1, W3, router columns divided by c;
+    """The same function with unequal channels: gains of the norm times c and W1, W3, router columns divided by c;
     W3 rows times u and W2 columns divided by u, with c and u exp of normal numbers. Weights then look like a large model's."""
     state = dict(state)
     for layer in range(arch.layers):

@@ -1,4 +1,4 @@
-"""DSP: diversely stale parameters, layer-wise staleness (arXiv 1909.02625, section 3).
+"""DSP: diversely stale parameters, layer-wise staleness (arXiv 1909.02625).
 
 Every stage forwards one batch and goes backward on an older one in each iteration; it keeps only the inputs of the
 batches between, and recomputes its forward with the weights of the backward pass. For batch b

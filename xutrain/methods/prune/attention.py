@@ -1,7 +1,7 @@
 """Attention pruned besides the experts (``targets: experts+attn``), which the stock Wanda code does and arXiv:2410.12013 does not.
 
-Its matrices have no router weight, so they are cut by the ungated score, |W_ij| ||X_j|| for the methods that look at data (spec
-3.4). Order inside a layer: the inputs of the attention matrices are summed with dense attention, attention is cut, and
+Its matrices have no router weight, so they are cut by the ungated score, |W_ij| ||X_j|| for the methods that look at
+data. Order inside a layer: the inputs of the attention matrices are summed with dense attention, attention is cut, and
 the experts are calibrated with what the cut attention gives. Limit: sparsity 0 changes nothing.
 """
 

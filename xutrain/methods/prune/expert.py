@@ -134,7 +134,7 @@ def prune_expert(
 
 
 def decide(method: WeightMethod, expert: Expert, sums: Mapping[str, Tensor], tokens: int, pattern: Pattern, key: Key) -> tuple[Cut, bool]:
-    """The cut, and whether too few tokens forced the fallback: scores of zero would drop the first columns (spec 3.7)."""
+    """The cut, and whether too few tokens forced the fallback: scores of zero would drop the first columns."""
     if tokens < method.min_tokens:
         return magnitude_cut(expert, pattern), True
     return method.cut(expert, sums, pattern, key), False

@@ -1,4 +1,4 @@
-"""Magnitude: score |W|, no data. The baseline of Wanda's code: one threshold per matrix, inclusive (spec section 4.2).
+"""Magnitude: score |W|, no data. The baseline of Wanda's code: one threshold per matrix, inclusive.
 
 ``group: row`` compares inside a row instead, as the activation-aware scores do.
 """

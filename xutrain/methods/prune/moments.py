@@ -20,7 +20,7 @@ def squared_norms(z: Tensor, g: Tensor) -> Tensor:
 
 
 class Moments(Statistics):
-    """s for the three matrices: ``gate`` and ``up`` share the input x, ``down`` sees h (spec eq. 9)."""
+    """s for the three matrices: ``gate`` and ``up`` share the input x, ``down`` sees h."""
 
     def __init__(self, expert: Expert) -> None:
         super().__init__(expert)

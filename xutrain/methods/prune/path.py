@@ -1,4 +1,4 @@
-"""Path: the damage of one weight followed through the SwiGLU (ours; extends arXiv:2410.12013, spec 7.3 and section 9).
+"""Path: the damage of one weight followed through the SwiGLU (ours; extends arXiv:2410.12013).
 
 Zeroing W3_mj changes the gated output of the layer by ||W2[:, m]|| |W3_mj| sqrt(sum_t g_t^2 silu(a_tm)^2 x_tj^2), exactly;
 W1_mj by the same with silu'(a_tm) b_tm in place of silu(a_tm), to first order; W2_ij by MoE-Pruner's own score, exactly.

@@ -1,4 +1,4 @@
-"""Quantized data-parallel SGD, section 3.5 of arXiv 2002.11082.
+"""Quantized data-parallel SGD (arXiv 2002.11082).
 
     G = (1/K) sum_k Q(g^k);   momentum SGD on G, weight decay added after the exchange.
 

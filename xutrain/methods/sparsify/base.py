@@ -1,4 +1,4 @@
-"""Error feedback in parameter units, the part that EF, SAEF and DEF share (arXiv 2008.05823 section 3; 2004.05298 section 3).
+"""Error feedback in parameter units, the part that EF, SAEF and DEF share (arXiv 2008.05823 and 2004.05298).
 
     x      model that all workers know               e^k  what worker k has produced and not sent, learning rate included
     m^k    worker k's own momentum                   p^k  where worker k takes its gradient

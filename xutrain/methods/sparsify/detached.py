@@ -1,4 +1,4 @@
-"""DEF: detached error feedback (arXiv 2004.05298, section 3), and DEF-A, the same training evaluated at x.
+"""DEF: detached error feedback (arXiv 2004.05298), and DEF-A, the same training evaluated at x.
 
     gradient at p^k = x - lambda e^k, while all of e^k is fed back;   sum_k ||p^k - y||^2 / K = lambda^2 V + (1 - lambda)^2 M
 

@@ -1,4 +1,4 @@
-"""SAEF: step-ahead error feedback (arXiv 2008.05823, section 3).
+"""SAEF: step-ahead error feedback (arXiv 2008.05823).
 
     p^k = x - coeff e^k (coeff 1: step ahead);   every ``average_every`` exchanges e^k <- mean_j e^j just before a gradient
 

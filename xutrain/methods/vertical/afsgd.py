@@ -1,4 +1,4 @@
-"""AFSGD-VP: asynchronous stochastic gradient steps on feature blocks (arXiv 2008.06233; section 3.2 of docs/vertical.md).
+"""AFSGD-VP: asynchronous stochastic gradient steps on feature blocks (arXiv 2008.06233; docs/vertical.md).
 
 The label holder l picks sample i, gets z_i = sum_l x_{i,l}.w_l, and writes its own block only:
     v = theta(z_i, y_i) x_{i,l} + l2 w_l,   w_l <- w_l - lr v.

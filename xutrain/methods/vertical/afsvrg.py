@@ -1,4 +1,4 @@
-"""AFSVRG-VP: variance-reduced block steps (arXiv 2008.06233; section 3.3 of docs/vertical.md).
+"""AFSVRG-VP: variance-reduced block steps (arXiv 2008.06233; docs/vertical.md).
 
 At a snapshot all parties sum the reference totals of all n samples; party l keeps theta~ = theta(z~, y) and
     G_l = (1/n) sum_i theta~_i x_{i,l}                                      (data part, no regulariser)
