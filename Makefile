@@ -24,7 +24,7 @@ demo: $(READY) ## the main job on embedded real data: seven codecs, a table and 
 
 test: $(READY) ## lint, types and all quick tests
 	$(MAKE) --no-print-directory lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .
