@@ -8,7 +8,7 @@ selector phi and, after round 0, the averaged Adam moments, and does in this ord
 and the server, with a_k = P_k / sum P_j (so that a_k is the share of minibatches, S_k / sum S_j),
   4. w_g <- w_g + sum a_k Delta_k w_g;  phi <- phi + sum a_k Delta_k phi;  moments <- sum a_k moments_k
   5. pulls the w_k (``softpull.py``), without data-size weights
-  6. keeps the best w_g and phi by the mean score weighted by P_k, and each client's best w_k (rounds from 1 on).
+  6. keeps the best w_g and phi by the mean score weighted by P_k, and each client's best w_k (from round 1 on; ``model_selection.py``).
 Inference on x: p = softmax(phi(x)), k* = argmax p; w_{k*} where p_{k*} > gamma (strict), else w_g. gamma 1 is always w_g, gamma 0
 always w_{k*}. Volumes: p is the mean over the axial slices. ``gamma_quantile`` (ours) gives every client a gamma of its own, from what phi
 says of its validation samples: one more number with the scores of step 1, and that of k* counts.
@@ -30,19 +30,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from xutrain.methods.federate.base import Committee, Confident, Network, Networked, Plan, Problem, Reply, Round, State, Traffic
+from xutrain.methods.federate.base import Committee, Network, Networked, Plan, Problem, Reply, Round, State, Traffic
 from xutrain.methods.federate.local_steps import adam, descend, memory_of
-from xutrain.methods.federate.softpull import Pulling, PullOptions
+from xutrain.methods.federate.model_selection import Voting
+from xutrain.methods.federate.softpull import PullOptions
 from xutrain.registry import method
 
-VOTES = ("votes", "score_model", "score_personal", "score_selector")
 Phase = Literal["together", "average", "finetune", "select"]
 
 
 @method(
     "federate", "fedsm", paper="2203.10144", summary="global and personalised models with SoftPull, and a selector that chooses among them"
 )
-class FedSM(Pulling):
+class FedSM(Voting):
     class Options(PullOptions):
         name: Literal["fedsm"] = "fedsm"
         gamma: float = Field(
@@ -84,7 +84,7 @@ class FedSM(Pulling):
 
     def notes(self) -> list[str]:
         remarks = super().notes() if self.options.mode == "joint" else []
-        if self.options.gamma_quantile is not None and not self._asks(1):
+        if self.options.gamma_quantile is not None and not self.asks(1):
             remarks.append("gamma_quantile has no effect where nothing is scored (select=false, mode=extra): gamma counts")
         if self.options.mode == "extra" and self.phase(0) != "average":
             remarks.append(
@@ -115,7 +115,7 @@ class FedSM(Pulling):
 
     def step(self, state: State, plan: Plan, problem: Problem) -> Reply:
         phase, got = self.phase(plan.round), plan.tensors
-        numbers = self._votes(plan, problem)
+        numbers = self.votes(plan, problem)
         reply = Reply(numbers=numbers)
         if phase in ("together", "average"):
             end = descend(problem, got["model"], plan, memory_of(self.federation, state, "model"))
@@ -152,30 +152,6 @@ class FedSM(Pulling):
     def _first_selector_round(self) -> int:
         return 0 if self.options.mode == "joint" else max(0, self.federation.rounds - self.options.selector_rounds)
 
-    def _votes(self, plan: Plan, problem: Problem) -> dict[str, float]:
-        """Step 1. A client without validation samples votes with weight 0."""
-        if not self._asks(plan.round):
-            return {}
-        scores = dict.fromkeys(self._answers(), 0.0)
-        found = _score(problem.evaluate(plan.tensors["model"]))
-        if found is not None:
-            assert isinstance(problem, Networked)
-            scores.update(votes=float(plan.steps), score_model=found)
-            scores["score_personal"] = _score(problem.evaluate(plan.tensors["personal"])) or 0.0
-            selector = problem.of("selector")
-            scores["score_selector"] = _score(selector.evaluate(plan.tensors["selector"])) or 0.0
-            if self.options.gamma_quantile is not None:
-                assert isinstance(selector, Confident)
-                scores["gamma"] = float(selector.confidence(plan.tensors["selector"]).quantile(self.options.gamma_quantile))
-        return scores
-
-    def _answers(self) -> tuple[str, ...]:
-        """The numbers that a client sends with its scores."""
-        return VOTES if self.options.gamma_quantile is None else (*VOTES, "gamma")
-
-    def _asks(self, index: int) -> bool:
-        return bool(self.options.select) and self.options.mode == "joint" and index > 0
-
     def merge(self, server: State, round: Round, replies: Iterable[Reply], exchange: int = 0) -> None:
         total = sum(round.steps)
         mean: dict[str, Tensor] = {}
@@ -189,8 +165,8 @@ class FedSM(Pulling):
                     continue
                 mean.setdefault(name, torch.zeros_like(tensor)).add_(tensor, alpha=share)
             votes[reply.client] = dict(reply.numbers)
-        if self._asks(round.index):
-            self._select(server, votes)
+        if self.asks(round.index):
+            self.keep_best(server, votes)
         if "model" in mean:
             server["model"].add_(mean["model"])
         if "moments" in mean:
@@ -204,21 +180,6 @@ class FedSM(Pulling):
         if self.phase(round.index) == "together":
             self.pull(server, round)
 
-    def _select(self, server: State, votes: dict[int, dict[str, float]]) -> None:
-        """Step 6, for the models that the clients just scored: the server's, before it takes in what they learnt."""
-        best: dict[str, Any] = server["best"]
-        weight = sum(v["votes"] for v in votes.values())
-        for name in ("model", "selector") if weight else ():
-            score = sum(v["votes"] * v[f"score_{name}"] for v in votes.values()) / weight
-            if score > best.get(f"score_{name}", -1.0):
-                best[name], best[f"score_{name}"] = server[name].clone(), score
-                if name == "selector" and self.options.gamma_quantile is not None:
-                    best["gammas"] = {str(client): v["gamma"] for client, v in votes.items() if v["votes"]}
-        held = best.setdefault("personal", {})
-        for client, v in votes.items():
-            if v["votes"] and v["score_personal"] > held.get(f"score_{client}", -1.0):
-                held[str(client)], held[f"score_{client}"] = server["personal"][client].clone(), v["score_personal"]
-
     def committee(self, server: State) -> Committee:
         best = server["best"]
         held = best.get("personal", {})
@@ -228,10 +189,6 @@ class FedSM(Pulling):
         if "gammas" in best:
             gamma = tuple(best["gammas"].get(str(k), self.options.gamma) for k in range(len(own)))
         return Committee(shared, own, self.options.inference, phi, gamma)
-
-    def served(self, server: State, state: State) -> Tensor:
-        model: Tensor = server["best"].get("model", server["model"])
-        return model
 
     def traffic_in(self, round: Round, numel: int, previous_lr: float | None = None) -> Traffic:
         phi, phase, kind = self.federation.networks["selector"].numel(), self.phase(round.index), self.options.selector_optimizer
@@ -244,12 +201,6 @@ class FedSM(Pulling):
                 traffic.up["moments"] = 2 * phi
                 if round.index > self._first_selector_round():
                     traffic.down["moments"] = 2 * phi
-        if self._asks(round.index):
-            traffic.answers.update(dict.fromkeys(self._answers(), 1))
+        if self.asks(round.index):
+            traffic.answers.update(dict.fromkeys(self.answers(), 1))
         return traffic
-
-
-def _score(metrics: dict[str, float]) -> float | None:
-    """Dice, or accuracy where there is none; None without samples."""
-    found = metrics.get("dice", metrics.get("accuracy"))
-    return None if found is None or found != found else found
