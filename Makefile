@@ -63,8 +63,8 @@ slurm-PAPER: ## the same through SLURM, paper scale: CLUSTER=name of a profile i
 $(SLURM): slurm-%: $(READY)
 	$(RUN) sweep $* --scale $(if $(filter command line environment,$(origin SCALE)),$(SCALE),paper) --launcher slurm $(if $(CLUSTER),--cluster $(CLUSTER))
 
-bench: $(READY) ## all benchmarks in one run, 25 minutes at most: benchmarks/RESULTS.md; ONLY="codecs links" for some
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(if $(ONLY),--only $(ONLY))
+bench: $(READY) ## all benchmarks in one run, 25 minutes at most: benchmarks/RESULTS.md; ONLY="codecs links" OUT=mine.md for some
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(if $(ONLY),--add --only $(ONLY)) $(if $(OUT),--out $(OUT))
 
 bench-peers: $(READY) ## environments of their own for the peers that benchmarks compare with, under .bench
 	$(BIN)/python benchmarks/peers/make.py

@@ -200,10 +200,13 @@ def main() -> int:
     given = parser.parse_args()
     if given.repeats is not None and given.repeats < 1:
         parser.error("--repeats must be at least 1")
+    kept_at = given.out.with_suffix(".json")
+    if given.add and given.out.exists() and not kept_at.exists():
+        parser.error(f"{given.out} was made elsewhere: {kept_at.name} is not beside it, and its results would be lost; give another --out")
     began = time.perf_counter()
     results: dict[str, dict[str, Any]] = {}
-    if given.add and given.out.with_suffix(".json").exists():
-        results = json.loads(given.out.with_suffix(".json").read_text(encoding="utf-8"))["results"]
+    if given.add and kept_at.exists():
+        results = json.loads(kept_at.read_text(encoding="utf-8"))["results"]
     with tempfile.TemporaryDirectory() as folder:
         for name in given.only or SCRIPTS:
             script = SCRIPTS[name]
@@ -220,7 +223,7 @@ def main() -> int:
             results = {known: results[known] for known in SCRIPTS if known in results}
             given.out.write_text(report(results, given.quick), encoding="utf-8")
             kept = {"machine": machine(), "results": results}
-            given.out.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            kept_at.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     faults = [name for name, r in results.items() if "fault" in r]
     print(f"{given.out}: {len(results) - len(faults)} of {len(results)} benchmarks{', without ' + ', '.join(faults) if faults else ''}")
     return 1 if faults else 0

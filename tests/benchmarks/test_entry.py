@@ -67,6 +67,15 @@ def test_one_anew_keeps_the_others(entry: ModuleType, tmp_path: Path, monkeypatc
         assert list(json.loads(out.with_suffix(".json").read_text())["results"]) == ["first", "second"][:count] or count == 1
 
 
+def test_results_from_elsewhere_are_not_overwritten(entry: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = tmp_path / "RESULTS.md"
+    report.write_text("somebody's", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["run.py", "--add", "--only", "codecs", "--out", str(report)])
+    with pytest.raises(SystemExit):
+        entry.main()
+    assert report.read_text() == "somebody's"
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
