@@ -13,7 +13,7 @@ import pytest
 from xutrain.cli.app import run
 from xutrain.engine.record import read_json, write_json
 from xutrain.errors import Failed, UsageError
-from xutrain.report import build, claims, page, published
+from xutrain.report import build, claims, overview, page, published
 from xutrain.report.suite import open_table
 
 VALUES = {"fp": [0.9, 0.92], "orq3": [0.8, 0.84]}
@@ -97,7 +97,7 @@ def test_one_seed_is_never_a_verdict(fill: Any, runs: Path, monkeypatch: pytest.
     assert _cell(part, "fp")["metrics"]["test_accuracy"]["std"] is None
     verdicts = {c["id"]: c["verdict"] for c in part["claims"]}
     assert verdicts == {"paper.order": "one seed", "paper.wrong": "one seed", "paper.bits": "pass"}
-    assert any("paper.order" in f for f in build.faults([part]))
+    assert any("paper.order" in f for f in overview.faults([part]))
 
 
 def test_claims_pass_and_fail(fill: Any, runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -108,14 +108,14 @@ def test_claims_pass_and_fail(fill: Any, runs: Path, monkeypatch: pytest.MonkeyP
     assert [judged[f"paper.{k}"]["verdict"] for k in ("order", "wrong", "bits")] == ["pass", "fail", "pass"]
     numbers = judged["paper.order"]["parts"][0]
     assert numbers["difference"] == pytest.approx(0.09) and numbers["n"] == 2 and numbers["standard_error"] == pytest.approx(0.01)
-    assert build.faults([part]) == ["claim paper.wrong: fail"]
+    assert overview.faults([part]) == ["claim paper.wrong: fail"]
 
 
 def test_smoke_and_missing(fill: Any, runs: Path, suite_file: Path) -> None:
     part = build.section(fill(VALUES, smoke=True), runs)
     assert {c["verdict"] for c in part["cells"]} == {"smoke only"} and part["smoke"]
     assert {c["verdict"] for c in build.section(open_table(str(suite_file)), runs)["cells"]} == {"missing"}
-    assert len(build.faults([build.section(open_table(str(suite_file)), runs)])) == 2
+    assert len(overview.faults([build.section(open_table(str(suite_file)), runs)])) == 2
 
 
 def test_a_changed_suite_counts_old_cells_as_missing(fill: Any, runs: Path, suite_file: Path) -> None:
@@ -156,6 +156,30 @@ def test_a_number_put_in_by_hand_is_refused_by_name(fill: Any, runs: Path, victi
     assert caught.value.issues[0].where == str(path) and "--fresh" in str(caught.value)
 
 
+def test_several_suites_open_with_one_line_each(
+    fill: Any, runs: Path, suite_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = suite_file.with_name("other.yaml")
+    other.write_text(suite_file.read_text().replace("title: Mine", "title: Other").replace("levels: 3", "levels: 5"))
+    fill(VALUES)
+    fill({}, str(other))  # its first cell is the first suite's
+    _with_paper(monkeypatch, tmp_path)
+    assert run(["report", str(suite_file), str(other), "--runs", str(runs)]) == 0
+    text = capsys.readouterr().out
+    assert "All suites" in text and text.index("All suites") > text.index("Other")
+    folder = runs / "reports" / "mine-other"
+    value = json.loads((folder / "report.json").read_text())
+    mine, second = value["overview"]
+    assert (mine["cells"], mine["done"], mine["claims"], mine["held"], mine["required"], mine["required_held"]) == (2, 2, 3, 2, 3, 2)
+    assert mine["verdicts"] == {"match": 2} and mine["faults"] == 1
+    assert (second["cells"], second["done"], second["claims"], second["faults"]) == (2, 1, 0, 1)
+    assert value["count"]["cells"] == 4 and value["count"]["done"] == 3 and value["count"]["required_held"] == 2
+    lines = (folder / "report.md").read_text().splitlines()
+    assert "| Mine | 2 of 2 | 2 match | 2 of 3 | – |" in lines and "| Other | 1 of 2 | 1 missing | – | – |" in lines
+    html = (folder / "report.html").read_text()
+    assert '<a href="#mine">Mine</a>' in html and 'id="mine"' in html and '<a href="#other">Other</a>' in html and 'id="other"' in html
+
+
 def test_runs_that_disagree_on_their_recipe_are_refused(fill: Any, runs: Path) -> None:
     table = fill(VALUES)
     first, second = sorted((runs / "quantize" / "orq").glob("*"))
@@ -168,7 +192,7 @@ def test_runs_that_disagree_on_their_recipe_are_refused(fill: Any, runs: Path) -
 def test_html_escapes_and_is_one_file(fill: Any, runs: Path, suite_file: Path) -> None:
     suite_file.write_text(suite_file.read_text().replace("title: Mine", "title: '<script>alert(1)</script> & Co'"), encoding="utf-8")
     part = build.section(fill(VALUES), runs)
-    report = {"title": part["title"], "count": {"cells": 2, "done": 2, "claims": 0, "held": 0}, "faults": [], "suites": [part]}
+    report = overview.report(part["title"], [part])
     text = page.html(report)
     assert "<script" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; Co" in text
     assert text.count("<svg") == 2 and 'src="' not in text and "<link" not in text and "url(http" not in text
@@ -264,7 +288,7 @@ def test_pictures_of_runs_are_shown_with_captions(fill: Any, runs: Path) -> None
         (folder / "elsewhere.png").symlink_to("/etc/hostname")
     part = build.section(table, runs)
     assert [p["caption"] for p in part["pictures"]] == ["full: schedule (seed 0)", "ORQ-3: schedule (seed 0)"]
-    report = {"title": "t", "count": {"cells": 2, "done": 2, "claims": 0, "held": 0}, "faults": [], "suites": [part]}
+    report = overview.report("t", [part])
     files = page.write(report, runs / "reports" / "x", ["md", "html"])
     html = Path(files["html"]).read_text(encoding="utf-8")
     assert html.count('<img loading="lazy" src="data:image/svg+xml;base64,') == 2 and "alert(1)" not in html
@@ -276,7 +300,7 @@ def test_pictures_of_runs_are_shown_with_captions(fill: Any, runs: Path) -> None
 
 def test_every_number_of_the_page_has_its_source_in_the_page(fill: Any, runs: Path) -> None:
     part = build.section(fill(VALUES), runs)
-    report = {"title": "t", "count": {"cells": 2, "done": 2, "claims": 0, "held": 0}, "faults": ["x"], "suites": [part]}
+    report = overview.report("t", [part])
     html = page.html(report)
     for cell in part["cells"]:
         for run_ in cell["runs"]:

@@ -54,6 +54,8 @@ def report(
         for part in value["suites"]:
             print_table(part)
             _print_claims(part)
+        if len(value["suites"]) > 1:
+            _print_overview(value)
         for kind, path in value["files"].items():
             console.out.print(f"{_WORDS[kind]}: {path}", markup=False)
     if check:
@@ -66,7 +68,7 @@ _WORDS = {"md": "text", "html": "page", "json": "numbers", "picture": "picture"}
 
 
 def _collect(names: list[str], scale: str, smoke: bool, out: Path) -> tuple[dict[str, Any], str]:
-    from xutrain.report import build
+    from xutrain.report import build, overview
     from xutrain.report import runs as run_folders
     from xutrain.report import suite as suites
 
@@ -84,15 +86,15 @@ def _collect(names: list[str], scale: str, smoke: bool, out: Path) -> tuple[dict
         name = "-".join(Path(n).stem for n in names) + ("" if scale == "cpu" else f"-{scale}")
         papers = len({s["paper"]["id"] for s in sections} - {""})
         title = sections[0]["title"] if len(sections) == 1 else f"xutrain: {papers} paper{'s' * (papers > 1)} in {len(sections)} suites"
-    cells = [c for s in sections for c in s["cells"]]
-    claims = [c for s in sections for c in s["claims"]]
-    count = {
-        "cells": len(cells),
-        "done": sum(c["status"] == "done" for c in cells),
-        "claims": len(claims),
-        "held": sum(c["verdict"] == "pass" for c in claims),
-    }
-    return {"title": title, "count": count, "faults": build.faults(sections), "suites": sections}, name
+    return overview.report(title, sections), name
+
+
+def _print_overview(value: dict[str, Any]) -> None:
+    """One line a suite, after the last of them."""
+    from xutrain.report import page
+
+    console.out.print("\nAll suites", style="bold", markup=False)
+    console.table(["suite", *page.OVERVIEW], [[known["suite"], *page.overview(known)] for known in value["overview"]], wrap=False)
 
 
 def _only_smoke(name: str, scale: str, out: Path) -> bool:

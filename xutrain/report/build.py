@@ -14,8 +14,6 @@ from xutrain.report import claims, pictures, policy, published, runs
 from xutrain.report.runs import Run
 from xutrain.report.suite import Line, Plot, Suite, Table
 
-#: verdicts that `--check` does not forgive
-FAULTS = {"off", "ordering fails", "missing", "failed", "diverged"}
 AXES = {"bits": "bits_up", "time": "wall_s", "step": "step", "epoch": "epoch", "round": "round"}
 
 
@@ -311,26 +309,3 @@ def _point(plot: Plot, done: list[Run]) -> list[dict[str, float | None]]:
         return []
     y = _spread([n[plot.y] for n in both])
     return [{"x": statistics.fmean(n[axis] for n in both), "mean": y["mean"], "std": y["std"]}]
-
-
-def _excused(cell: dict[str, Any]) -> bool:
-    """Every seed that is missing diverged, and the suite allows it."""
-    return bool(cell["may_diverge"]) and {r["status"] for r in cell["runs"]} <= {"done", "diverged"} and bool(cell["runs"])
-
-
-def faults(sections: list[dict[str, Any]]) -> list[str]:
-    """What `report --check` fails for: cells and required claims that do not hold."""
-    found = []
-    for part in sections:
-        found += [
-            f"{part['suite']} {c['row']}/{c['column']}: {c['verdict']} ({c['why']})"
-            for c in part["cells"]
-            if c["verdict"] in FAULTS and not _excused(c)
-        ]
-        found += [
-            f"{part['suite']} {c['row']}/{c['column']}: seeds {c['missing_seeds']} are missing"
-            for c in part["cells"]
-            if c["n"] and c["missing_seeds"] and not _excused(c)
-        ]
-        found += [f"claim {c['id']}: {c['verdict']}" for c in part["claims"] if c["required"] and c["verdict"] != "pass"]
-    return found

@@ -72,6 +72,18 @@ def verdict(text: str) -> str:
     return f"{MARKS[text]} {text}" if text in MARKS else text or "–"
 
 
+#: heads of the table of all suites, after its first column
+OVERVIEW = ("cells finished", "beside the paper", "claims that must hold", "other claims")
+
+
+def overview(known: dict[str, Any]) -> list[str]:
+    """A suite's line under those heads: ``34 of 36, 2 diverged``, ``12 ordering holds``, ``5 of 5``, ``1 of 2``."""
+    finished = f"{known['done']} of {known['cells']}" + (f", {known['diverged']} diverged" if known["diverged"] else "")
+    verdicts = ", ".join(f"{n} {text}" for text, n in sorted(known["verdicts"].items())) or "not known"
+    others, held = known["claims"] - known["required"], known["held"] - known["required_held"]
+    return [finished, verdicts, *(f"{a} of {b}" if b else "–" for a, b in ((known["required_held"], known["required"]), (held, others)))]
+
+
 def trace(cell: dict[str, Any]) -> str:
     """What stands behind a number: run folder, commit, recipe hash; the text of its title attribute."""
     lines = [f"{cell['recipe']} {' '.join(cell['overrides'])}".strip()]
@@ -136,6 +148,7 @@ def html(report: dict[str, Any]) -> str:
         trace=trace,
         paper_number=paper_number,
         inline=inline,
+        overview=overview,
     )
     count = 0
     pictures: dict[str, list[dict[str, Any]]] = {}
@@ -144,7 +157,9 @@ def html(report: dict[str, Any]) -> str:
             count += 1
             drawn = {"title": panel["title"], "svg": plots.svg(panel, count), "n": sorted({s["n"] for s in panel["series"]})}
             pictures.setdefault(part["suite"], []).append(drawn)
-    return environment.get_template("page.html.j2").render(report=report, pictures=pictures, versions=versions(), index=_index)
+    return environment.get_template("page.html.j2").render(
+        report=report, pictures=pictures, versions=versions(), index=_index, heads=OVERVIEW
+    )
 
 
 def _index(part: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -159,6 +174,9 @@ def markdown(report: dict[str, Any], pictures: dict[tuple[int, int], str], copie
         "Ours is mean ± sample deviation (number of seeds). A paper's number is printed only where it was read in its text.",
         "",
     ]
+    if len(report["suites"]) > 1:
+        lines += [_row(["suite", *OVERVIEW]), "|" + "---|" * 5]
+        lines += [*(_row([known["title"], *overview(known)]) for known in report["overview"]), ""]
     for a, part in enumerate(report["suites"]):
         label = "smoke run: says that it works, not how well" if part["smoke"] else f"scale {part['scale']}"
         lines += [f"## {part['title']}", "", f"`{part['command']}` ({label})" + (f", {_source(part)}" if part["paper"]["id"] else ""), ""]
