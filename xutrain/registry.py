@@ -149,13 +149,13 @@ def find(kind: str, name: object, *, verb: str | None = None, where: str = "") -
     """
     known = entries(kind, verb)
     wanted = canonical(name) if isinstance(name, str) else ""
-    for entry in known:
-        if wanted == entry.name or wanted in entry.aliases:
-            return entry
-    names = [e.name for e in known]
+    for entry in [*(e for e in known if wanted == e.name), *(e for e in known if wanted in e.aliases)]:
+        return entry
+    names = sorted({e.name for e in known})
     near = suggest(wanted, names)
-    listing = f"xutrain ls {'codecs' if kind == 'codec' else kind + 's'}"
-    hint = f"did you mean {near}? all of them: {listing}" if near else f"one of {', '.join(names)} ({listing})"
+    listing = f"xutrain ls {kind}s"
+    some = f"one of {', '.join(names)} ({listing})" if len(names) <= 40 else f"{listing} has them"
+    hint = f"did you mean {near}? all of them: {listing}" if near else some
     other = [v for e in entries(kind) if e.name == wanted for v in e.verbs]
     if other and verb:
         hint = f"{wanted} belongs to `xutrain {other[0]}`; {hint}"

@@ -144,6 +144,7 @@ def test_stdout_is_the_result_whatever_a_plugin_prints(
         "    def encode(self, vector, key=None):\n        print('encodes')\n        return super().encode(vector, key)\n"
     )
     (tmp_path / "torn_codec.py").write_text("def broken(:\n")
+    (tmp_path / "hasty_codec.py").write_text("import math\nmath.sqrt(-1)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("xutrain.registry._PLUGINS", {})  # gone after the test
     over = ["codec=loud", "plugins=[loud_codec]", "--out", str(runs), "--json"]
@@ -151,6 +152,19 @@ def test_stdout_is_the_result_whatever_a_plugin_prints(
     out, told = capfd.readouterr()
     assert json.loads(out)["codec"] == "loud" and "imported" in told and "encodes" in told
     assert _json(["quantize", *QUICK, "plugins=[torn_codec]", "--json"], capfd, 2)["errors"][0]["what"].startswith("is not Python")
+    said = _json(["quantize", *QUICK, "plugins=[hasty_codec]", "--json"], capfd, 2)["errors"][0]["what"]
+    assert said.startswith("fails while it is imported: ValueError: ") and said.endswith("hasty_codec.py, line 2)")
+
+
+def test_a_fault_of_the_smoke_section_is_told_as_one(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: quantize/orq\nverb: quantize\nsmoke: {train: {stepz: 3}, train.epochs: -1}\n")
+    said = _json(["quantize", "--config", str(path), "--smoke", "--json"], capfd, 2)["errors"]
+    assert [i["where"] for i in said] == ["smoke.train.epochs", "smoke.train.stepz"]
+    assert run(["quantize", "--config", str(path), "--dry-run"]) == 0
+    capfd.readouterr()
+    said = _json(["quantize", "--config", str(path), "--smoke", "data.nothing=1", "--json"], capfd, 2)["errors"]
+    assert "data.nothing" in [i["where"] for i in said]
 
 
 def test_a_path_may_leave_out_yaml(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

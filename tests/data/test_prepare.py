@@ -25,7 +25,7 @@ from xutrain.data import prepare as preparing
 from xutrain.data import store
 from xutrain.data.prepare import listing, prepare, verify
 from xutrain.engine.rng import key
-from xutrain.errors import DataError
+from xutrain.errors import DataError, UsageError
 
 ARRAYS = tiny_sets.cifar(rows=4)
 REAL_DATA = os.environ.get("XUTRAIN_DATA", "")
@@ -208,7 +208,7 @@ def test_sources_are_tried_in_turn_and_all_reasons_are_given(
 def test_a_set_that_needs_registration_says_how(manifest: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"(?s)must be obtained by hand.*register at https://image-net.org"):
         prepare("imagenet")
-    with pytest.raises(DataError, match=r"(?s)no such set to prepare \(got 'cifar11'\).*did you mean cifar10"):
+    with pytest.raises(UsageError, match=r"(?s)no such set to prepare \(got 'cifar11'\).*did you mean cifar10"):
         prepare("cifar11")
     with pytest.raises(DataError, match=r"(?s)--source: no such file or folder.*accepted: a folder with train"):
         prepare("imagenet", tmp_path / "nowhere")

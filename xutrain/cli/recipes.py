@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,7 +101,9 @@ def show(
     if name in ("method", "codec", "dataset", "model", "agent"):
         if part is None:
             raise UsageError(Issue("show", f"say which {name}", has_value=False, hint=f"xutrain ls {name}s"))
-        _show_part(name, part, verb, schema, json)
+        from xutrain.cli.card import show_part
+
+        show_part(name, part, verb, schema, json)
         return
     path, implied = catalog.find(name, verb)
     if not resolved and not schema:
@@ -121,123 +122,6 @@ def show(
         console.print_json(recipe.model_dump(mode="json"))
     else:
         typer.echo(yamlfile.dump(recipe.model_dump(mode="json")), nl=False)
-
-
-def _show_part(kind: str, name: str, verb: str | None, schema: bool, json: bool) -> None:
-    entry = registry.find(kind, name, verb=verb, where=kind)
-    cls = registry.load(kind, name, verb=verb, where=kind)
-    described = cls.Options.model_json_schema()
-    if schema:
-        console.print_json(described)
-        return
-    from xutrain.report.uses import suites_and_claims
-
-    module = __import__(cls.__module__, fromlist=["x"])
-    text = (module.__doc__ or cls.__doc__ or "").strip()
-    suites, claims = suites_and_claims(kind, entry.name, verb)
-    card: dict[str, Any] = {
-        "kind": kind,
-        "name": entry.name,
-        "aliases": list(entry.aliases),
-        "verbs": list(entry.verbs),
-        "paper": entry.paper,
-        "summary": entry.summary,
-        "file": "/".join(cls.__module__.split(".")) + ".py",
-        "text": text,
-        "equation": _sentence(text, _EQUATION),
-        "limits": re.sub(r"^Limits?: ", "", _sentence(text, _LIMIT)),
-        "options": [_option(n, p, described) for n, p in described.get("properties", {}).items() if n != "name"],
-        "recipes": [f"{r.verb}/{r.name}" for r in catalog.listing() if (verb or r.verb) == r.verb and _uses(r.path, kind, entry.name)],
-        "suites": suites,
-        "claims": claims,
-        **_search(kind, entry, cls),
-    }
-    if json:
-        console.print_json(card)
-        return
-    console.out.print(f"{kind} {entry.name}" + (f"   arXiv {entry.paper}" if entry.paper else ""), style="bold", markup=False)
-    console.out.print(card["text"] or entry.summary, markup=False)
-    console.out.print(f"file: {card['file']}\n", markup=False)
-    for key in ("equation", "limits"):
-        if card[key]:
-            console.out.print(f"{key}: {card[key]}", markup=False)
-    if card["options"]:
-        console.table(["option", "type", "default", "bounds", "meaning"], [list(o.values()) for o in card["options"]])
-    if card.get("searchable"):
-        console.out.print("an agent may search: " + ", ".join(card["searchable"]) + "   (search.space; xutrain ls agents)", markup=False)
-    if card.get("search"):
-        console.out.print("beside it in the section search:", markup=False)
-        console.table(["option", "type", "default", "bounds", "meaning"], [list(o.values()) for o in card["search"]])
-    if card["recipes"]:
-        console.out.print("recipes: " + ", ".join(card["recipes"]), markup=False)
-    for found in suites:
-        console.out.print(f"suite {found['suite']} ({', '.join(found['scales'])}): rows {', '.join(found['rows'])}", markup=False)
-    for claim in claims:
-        where = ", ".join(claim["must_hold"]) or "no scale"
-        console.out.print(f"claim: {claim['text']} (must hold at {where}; suite {claim['suite']}; {claim['source']})", markup=False)
-
-
-_EQUATION = re.compile(r"\b(eqs?\.|equations?|algorithms?)\s*\(?[A-Z]?\d", re.IGNORECASE)
-_LIMIT = re.compile(r"\b(limits?|degenerates)\b", re.IGNORECASE)
-
-
-def _sentence(text: str, wanted: re.Pattern[str]) -> str:
-    """The paragraph of a file's header that says something, from the sentence that says it."""
-    for paragraph in re.split(r"\n\s*\n", text):
-        flat = " ".join(paragraph.split())
-        parts = re.split(r"(?<=[.;]) (?=[A-Z])", flat)
-        found = [i for i, part in enumerate(parts) if wanted.search(part)]
-        if found:
-            return " ".join(parts[found[0] :] if wanted is _LIMIT else [parts[found[0]]])
-    return ""
-
-
-def _search(kind: str, entry: registry.Entry, cls: Any) -> dict[str, Any]:
-    """Of a federated method: what an agent may search; of an agent: the options of the section that it stands in."""
-    from xutrain.recipe import search
-
-    if kind == "method" and "federate" in entry.verbs:
-        return {"searchable": ["lr", "local_work", "weights", *search.searchable(cls.Options)]}
-    if kind != "agent":
-        return {}
-    found = []
-    schema = search.Search.model_json_schema()
-    for name, prop in schema["properties"].items():
-        if name not in ("agent", "space"):
-            found.append(_option(name, prop, schema))
-    for part in (search.ClientRange, search.Work, search.Weights):
-        inner = part.model_json_schema()
-        where = {"ClientRange": "space.lr", "Work": "space.local_work", "Weights": "space.weights"}[part.__name__]
-        new = [n for n in part.model_fields if part is search.ClientRange or n in part.__annotations__]
-        found += [_option(f"{where}.{n}", inner["properties"][n], inner) | {"option": f"{where}.{n}"} for n in new]
-    return {"search": found}
-
-
-def _option(name: str, prop: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    kinds = [p for p in prop.get("anyOf", [prop]) if p.get("type") != "null"]
-    first = kinds[0] if kinds else {}
-    words = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = " ".join(f"{sign} {first[key]:g}" for key, sign in words.items() if key in first)
-    choices = " | ".join(map(str, first.get("enum", []))) or str(first.get("const", ""))
-    required = name in schema.get("required", [])
-    default = "required" if required else prop.get("default")
-    return {
-        "option": name,
-        "type": choices or first.get("type", "section"),
-        "default": default,
-        "bounds": bounds,
-        "meaning": prop.get("description", ""),
-    }
-
-
-def _uses(path: str, kind: str, name: str) -> bool:
-    key = {"dataset": "data"}.get(kind, kind)
-    section = catalog.merged(Path(path))[0].get(key)
-    if kind == "agent":
-        search = catalog.merged(Path(path))[0].get("search")
-        section = search.get("agent") if isinstance(search, dict) else None
-    said = section.get("name") if isinstance(section, dict) else section
-    return isinstance(said, str) and registry.canonical(said) == name
 
 
 def cp(

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from xutrain.errors import DataError, Issue
+from xutrain.errors import DataError, Issue, UsageError
 from xutrain.registry import canonical, suggest
 
 MANIFEST = Path(__file__).with_name("manifest.yaml")
@@ -121,13 +121,13 @@ def manifest() -> dict[str, Entry]:
 
 
 def entry(name: str) -> tuple[str, Entry]:
-    """The canonical name and the entry called ``name``. Raises DataError, naming the nearest, when there is none."""
+    """The canonical name and the entry called ``name``. Raises UsageError, naming the nearest, when there is none."""
     known = manifest()
     wanted = canonical(name)
     if wanted in known:
         return wanted, known[wanted]
     near = suggest(wanted, list(known))
-    raise DataError(Issue("data", "no such set to prepare", name, f"did you mean {near}?" if near else f"one of {', '.join(known)}"))
+    raise UsageError(Issue("data", "no such set to prepare", name, f"did you mean {near}?" if near else f"one of {', '.join(known)}"))
 
 
 def data_root(root: Path | str | None = None) -> Path:

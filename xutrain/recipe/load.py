@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,17 @@ def build(family: Family, raw: dict[str, Any], overrides: Iterable[str] = (), *,
         raw["seed"] = seed
     if (said := raw.get("verb") or family.verb) != family.verb:
         raise RecipeError(Issue("verb", f"cannot be changed: this is a recipe of `{family.verb}`", said, "xutrain ls recipes"))
-    return validate(recipe_class(family), raw, family.verb)
+    try:
+        return validate(recipe_class(family), raw, family.verb)
+    except RecipeError as error:
+        said = _leaves(raw["smoke"]) if smoke and raw.get("smoke") else set()
+        raise RecipeError(*(replace(i, where=f"smoke.{i.where}") if i.where in said else i for i in error.issues)) from None
+
+
+def _leaves(value: dict[str, Any]) -> set[str]:
+    """Dotted names of everything that a section of overrides sets."""
+    below = [{f"{key}.{leaf}" for leaf in _leaves(item)} if isinstance(item, dict) and item else {key} for key, item in value.items()]
+    return set().union(*below)
 
 
 def from_dict(verb: str, mapping: dict[str, Any], **kwargs: Any) -> Recipe:

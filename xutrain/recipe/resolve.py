@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+import traceback
 import types
 import typing
 from typing import Any
@@ -105,3 +106,7 @@ def _import_plugins(plugins: Any) -> None:
         except SyntaxError as error:
             place = f"{error.filename}, line {error.lineno}"
             raise RecipeError(Issue("plugins", f"is not Python: {error.msg} ({place})", module)) from None
+        except Exception as error:  # whatever the user's module does at its top level
+            frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+            place = f"{frames[-1].filename}, line {frames[-1].lineno}"
+            raise RecipeError(Issue("plugins", f"fails while it is imported: {type(error).__name__}: {error} ({place})", module)) from error

@@ -23,7 +23,7 @@ def report(title: str, sections: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def line(part: dict[str, Any]) -> dict[str, Any]:
-    """A suite in numbers: cells, finished ones, those that diverged and may; verdicts of cells; claims, and the ones that must hold here."""
+    """A suite in numbers: cells, finished ones, those that diverged and may, verdicts; claims, and those that must hold here."""
     required = [c for c in part["claims"] if c["required"]]
     return {
         "suite": part["suite"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from xutrain import registry
@@ -35,8 +36,8 @@ def _named(value: Any) -> str:
     return found if isinstance(found, str) else ""
 
 
-def suites_and_claims(kind: str, name: str, verb: str | None = None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Suites with the rows that run the part, and the claims that name such a row.
+def suites_and_claims(kind: str, name: str, verbs: Collection[str] = ()) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Suites with the rows that run the part under one of ``verbs`` (none: any), and the claims that name such a row.
 
     Returns:
         ({"suite", "rows", "scales"}, ...) and ({"id", "text", "source", "suite", "must_hold"}, ...), both in the order of the files.
@@ -56,7 +57,7 @@ def suites_and_claims(kind: str, name: str, verb: str | None = None) -> tuple[li
                     path, of = catalog.find(cell.recipe)
                     recipes[cell.recipe] = of, catalog.merged(path)[0]
                 of, source = recipes[cell.recipe]
-                if (verb is None or of in (verb, None)) and part_of(cell, source, kind) == name:
+                if (not verbs or of is None or of in verbs) and part_of(cell, source, kind) == name:
                     rows.setdefault(suite, {}).setdefault(cell.row, set()).add(scale)
     suites = [{"suite": s, "rows": list(found), "scales": sorted(set.union(*found.values()))} for s, found in rows.items()]
     claims = [
