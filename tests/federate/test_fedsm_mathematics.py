@@ -569,6 +569,20 @@ def test_l2gd_is_softpulls_random_sibling() -> None:
         Simulation("l2gd", problems, steps=4, lr=0.05, strength=6.0).one()
 
 
+def test_l2gd_pulls_by_the_rate_of_the_round_that_the_pull_ends() -> None:
+    problems = [Quadratic(torch.eye(6, dtype=DOUBLE), torch.full((6,), float(k), dtype=DOUBLE)) for k in range(3)]
+    s = Simulation("l2gd", problems, steps=4, lr=lambda r: 0.05 / (r + 1), strength=2.0)
+    for _ in range(6):
+        s.one()
+        served = [s.method.served(s.server, state) for state in s.clients]
+        quiet = [Linear(torch.zeros(6, dtype=DOUBLE))] * 3
+        s.problems, held = quiet, s.problems
+        s.one()  # no gradient: a client ends where it began, after the pull
+        s.problems = held
+        for state, before in zip(s.clients, served, strict=True):
+            assert torch.allclose(state["own"], before, atol=1e-15)
+
+
 def test_l2gd_pulls_to_the_unweighted_mean() -> None:
     """Its objective counts every client once, whatever the clients' sizes are."""
     problems = [Linear(torch.full((6,), float(k), dtype=DOUBLE)) for k in range(3)]

@@ -243,9 +243,11 @@ def test_dice_of_whole_cases() -> None:
     assert found["c"][0] != found["c"][0] and found["d"][0] != found["d"][0]
 
 
-def test_a_teacher_leaves_weight_decay_and_clipping_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_teacher_leaves_weight_decay_clipping_and_precision_as_they_are(precision: str) -> None:
     """The taught gradient at a model that is its own teacher is the plain one: the divergence has its minimum there."""
-    built = federated.build(recipe("prr_fl", **{"train.weight_decay": 0.3, "train.clip_norm": 0.5}), Context(0))
+    more = {"train.weight_decay": 0.3, "train.clip_norm": 0.5, "train.precision": precision}
+    built = federated.build(recipe("prr_fl", **more), Context(0))
     client = ClientData(built.bench, 0, built.parts[0], 0)
     point = built.server["model"]
     plain = client.gradient(point, 0).clone()

@@ -195,6 +195,16 @@ def test_a_range_that_only_breaks_ends_the_run(tmp_path: Path) -> None:
         train(str(tmp_path), "fedavg", changes(space="{lr: {low: 1.0e+20, high: 1.0e+22}}", **{"train.rounds": 14}))
 
 
+def test_a_training_of_a_random_search_that_breaks_only_loses(tmp_path: Path) -> None:
+    agent, space = "{name: random, trials: 2}", "{lr: {low: 0.05, high: 1.0e+30, scale: log}}"
+    run = train(str(tmp_path / "a"), "fedavg", changes(agent, space, **{"train.rounds": 26, "seed": 1}))
+    held = run["saved"].shared["server"]["search"]
+    assert 10 < held["lost"] < 26 and torch.isfinite(run["model"]).all()
+    with pytest.raises(Diverged, match="no round of any training"):
+        never = changes(agent, "{lr: {low: 1.0e+28, high: 1.0e+30}}", **{"train.rounds": 26})
+        train(str(tmp_path / "b"), "fedavg", never)
+
+
 def test_a_fixed_point_that_breaks_has_diverged(tmp_path: Path) -> None:
     with pytest.raises(Diverged):
         train(str(tmp_path), "fedavg", changes("fixed", "{lr: {low: 1.0e+20, high: 1.0e+22}}", **{"train.rounds": 4}))
@@ -326,6 +336,26 @@ def test_auto_fedavg_steps_along_the_gradient_of_the_weights() -> None:
     before = server["logits"].clone()
     method.learn(server, (mixed - wanted).detach(), 1.0)  # type: ignore[union-attr]
     assert torch.allclose(server["logits"], before - slope, atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_auto_fedavg_knows_its_server_rate(alpha: float) -> None:
+    """Two rounds on quadratics: the step of round 2 is autograd's through w = x + alpha sum_j a_j (w^j - x)."""
+    from xutrain.methods.federate.simulation import Simulation, quadratics
+
+    problems = quadratics(4)
+    s, plainly = (Simulation("auto_fedavg", problems, server_lr=a, weight_lr=0.3) for a in (alpha, 1.0))
+    start = s.x.clone()
+    s.one()
+    plainly.one()
+    moved = torch.stack(list(plainly.server["deltas"].values()))  # w^j - x, the same in both
+    logits = s.server["logits"].clone().requires_grad_()
+    point = start + alpha * torch.softmax(logits, 0) @ moved
+    assert torch.allclose(s.x, point.detach(), atol=1e-14)
+    losses = [0.5 * (point - p.centre) @ p.curvature @ (point - p.centre) / 4 for p in problems]
+    (slope,) = torch.autograd.grad(torch.stack(losses).sum(), logits)
+    s.one()
+    assert torch.allclose(s.server["logits"], logits.detach() - 0.3 * slope, atol=1e-12) and float(slope.abs().max()) > 1e-3
 
 
 def test_the_entropy_term() -> None:

@@ -203,6 +203,18 @@ def test_nothing_is_lost() -> None:
     close(mean(method.error), produced - sent)
 
 
+@pytest.mark.parametrize(("name", "codec"), [("pef", "top_k"), ("powersgd", "low_rank")])
+def test_what_is_sent_at_rate_zero_is_still_owed(name: str, codec: str) -> None:
+    problem = Problem(K)
+    method = make(name, codec, problem=problem, workers=K)
+    drive(method, problem, 5)
+    x, owed = method.x.clone(), [e.clone() for e in method.error]
+    drive(method, problem, 1, lambda step: 0.0, first=5)
+    close(method.x, x, 1e-15)
+    for error, before in zip(method.error, owed, strict=True):
+        assert torch.equal(error, before)
+
+
 def test_lr_change_equals_gradient_units_with_the_ratio() -> None:
     """Parameter units = gradient units with e scaled by lr_before / lr."""
     problem = Problem(K)

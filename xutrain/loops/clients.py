@@ -134,17 +134,23 @@ class Bench:
             self.replica.point(vector)
             self._at = vector
 
-    def gradient(self, vector: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean loss (detached) and its flat gradient at ``vector``."""
+    def gradient(self, vector: Tensor, batch: Batch, teacher: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean loss (detached) and its flat gradient at ``vector``; with a teacher the gradient is of loss + KL(teacher || student)."""
+        placed = batch.to(self.ctx.device)
+        wanted = None
+        if teacher is not None:
+            self.point(teacher)
+            with torch.no_grad(), self._precision():
+                wanted = self.replica.module(placed.inputs)
         self.point(vector)
         self.replica.zero_grad()
-        placed = batch.to(self.ctx.device)
         with self._precision():
             outputs = self.replica.module(placed.inputs)
             loss = self.task.loss(outputs, placed)
         if self.train.entropy_coef:
             loss = loss + self.train.entropy_coef * entropy_gap(outputs, self.train.entropy_target)
-        loss.backward()  # type: ignore[no-untyped-call]
+        whole = loss if wanted is None else loss + divergence(wanted, outputs)
+        whole.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), self.replica.grad()
 
     def _precision(self) -> Any:
@@ -185,7 +191,10 @@ class ClientData:
         return self.bench.task.batch(self._order[1][at * size : (at + 1) * size], Key(seed, "augment", t, self.client))
 
     def gradient(self, point: Tensor, step: int) -> Tensor:
-        loss, gradient = self.bench.gradient(point, self.batch(step))
+        return self._step(point, step)
+
+    def _step(self, point: Tensor, step: int, teacher: Tensor | None = None) -> Tensor:
+        loss, gradient = self.bench.gradient(point, self.batch(step), teacher)
         self.losses = loss if self.losses is None else self.losses + loss
         self.counted += 1
         return self._finished(gradient, point)
@@ -245,19 +254,7 @@ class ClientData:
 
     def taught_gradient(self, point: Tensor, teacher: Tensor, step: int) -> Tensor:
         """Gradient of the loss plus KL(teacher || student), pixelwise Bernoulli on sigmoids or over classes; the teacher is fixed."""
-        bench = self.bench
-        batch = self.batch(step).to(bench.ctx.device)
-        bench.point(teacher)
-        with torch.no_grad():
-            wanted = bench.replica.module(batch.inputs)
-        bench.point(point)
-        bench.replica.zero_grad()
-        outputs = bench.replica.module(batch.inputs)
-        loss = bench.task.loss(outputs, batch)
-        self.losses = loss.detach() if self.losses is None else self.losses + loss.detach()
-        self.counted += 1
-        (loss + divergence(wanted, outputs)).backward()
-        return self._finished(bench.replica.grad(), point)
+        return self._step(point, step, teacher)
 
     @property
     def mean_loss(self) -> float:

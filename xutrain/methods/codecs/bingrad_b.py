@@ -1,4 +1,13 @@
-"""BinGrad-b: one bit, deterministic, two conditional means (arXiv 2002.11082)."""
+"""BinGrad-b: one bit, deterministic, two conditional means (arXiv 2002.11082).
+
+    b_- = mean {v < t},   b_+ = mean {v >= t};   Q(v) = b_+ where v >= t, else b_-
+
+v are the elements of a bucket; two floats are sent for it. The threshold t is the mean of v, half-way between the levels (the optimal
+condition) where the distribution is symmetric, or with ``threshold: lloyd`` the split of least error.
+
+Limits: biased. Without ``clip`` and bf16 levels, at most two distinct values (a constant bucket too) come back exactly. A bucket
+with mean 0 is quantized as by ``onebit`` (``threshold: mean``).
+"""
 
 from __future__ import annotations
 

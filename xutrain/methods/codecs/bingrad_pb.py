@@ -1,4 +1,14 @@
-"""BinGrad-pb: one bit, unbiased inside two levels and clipped outside them (arXiv 2002.11082)."""
+"""BinGrad-pb: one bit, unbiased inside two levels and clipped outside them (arXiv 2002.11082).
+
+    n b = sum_{|v| > b} |v|      (C4)
+    |v| <= b:  Q(v) = b with probability (v + b) / (2 b), else -b;      |v| > b:  Q(v) = b sign(v)
+
+v are the n elements of a bucket; b, where the two sides of (C4) cross, is sent for it. ``symmetric: false`` has two free levels instead:
+sum_{inside} (v - b_-) = 2 sum_{v > b_+} (v - b_+), and its mirror image.
+
+Limits: unbiased where |v| <= b, biased beyond. Without ``clip`` and bf16 levels, elements of one magnitude come back exactly.
+``symmetric: false`` is pb-ORQ with 2 levels, up to the number of sweeps.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,13 @@
-"""Random rotation and fixed levels (the DRIVE and EDEN family). Beyond the paper; the peer to beat."""
+"""Random rotation and fixed levels (the DRIVE and EDEN family). Beyond the paper; the peer to beat.
+
+    r = H (f * v) / sqrt(N);   q_i = the level nearest to r_i sqrt(N) / ||v||;   decoded: f * H (S q) / sqrt(N)
+    S = ||v||^2 / <r, q>   (scale: unbiased)     or     S = <r, q> / ||q||^2   (scale: least_squares)
+
+v is a bucket padded to N elements, a power of two; H is the Walsh-Hadamard matrix, f are signs drawn from the 8 bytes that the
+message begins with, and the levels are the Lloyd-Max levels of the unit Gaussian.
+
+Limits: a bucket with one element other than 0 comes back exactly, up to rounding. 2 levels and least_squares: the scaled sign of r.
+"""
 
 from __future__ import annotations
 

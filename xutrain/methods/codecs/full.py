@@ -1,4 +1,11 @@
-"""Full precision, the reference of every table, and its two 16-bit forms."""
+"""Full precision, the reference of every table, and its two 16-bit forms.
+
+    fp:    Q(v) = v
+    fp16:  Q(v) = the float16 nearest to v, v clamped to +-65504
+    bf16:  Q(v) = the bfloat16 nearest to v, v clamped to +-3.39e38
+
+Limits: fp is the identity. fp16 and bf16 are biased, and exact for values with at most 11 and 8 significant bits in their range.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +52,7 @@ class FP(Plain):
 
 @codec("fp16", summary="baseline: IEEE half precision, 16 bits per element")
 class FP16(Plain):
-    """Rounded to nearest; values beyond 65504 saturate and those below 6e-8 vanish."""
+    """Rounded to nearest; values beyond 65504 saturate and those up to 3e-8 vanish."""
 
     biased = True
     dtype = torch.float16

@@ -1,4 +1,14 @@
-"""ORQ with free outer levels for the error of a mean over K workers. Beyond the paper."""
+"""ORQ with free outer levels for the error of a mean over K workers. Beyond the paper.
+
+    least  sum (v - w)^2 + (b_{k+1} - w) (w - b_k) / K,   w = v clamped to [b_0, b_{s-1}],  b_k <= w <= b_{k+1}
+    top:      sum_{last cell} (v - b_{s-2}) / K = 2 sum_{v > b_{s-1}} (v - b_{s-1});   bottom: its mirror image
+    between:  (C3), as in ORQ
+
+v are the elements of a bucket, b_0 .. b_{s-1} its levels, set in turn ``sweeps`` times; the sum is bias^2 + variance / K.
+
+Limits: K = 1 is pb-ORQ, with 2 levels BinGrad-pb with free levels; an infinite K has minimum and maximum outside, as ORQ with
+``refine``. Without ``clip`` and bf16 levels, a constant bucket comes back exactly.
+"""
 
 from __future__ import annotations
 

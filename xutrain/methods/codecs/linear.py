@@ -1,4 +1,13 @@
-"""Evenly spaced levels from the minimum to the maximum. A baseline."""
+"""Evenly spaced levels from the minimum to the maximum. A baseline.
+
+    b_k = min v + k (max v - min v) / (s - 1),   k = 0 .. s-1
+    Q(v) = b_{k+1} with probability (v - b_k) / (b_{k+1} - b_k), else b_k,   for b_k <= v <= b_{k+1}
+
+v are the elements of a bucket, s is ``levels``; minimum and maximum are sent.
+
+Limits: without ``clip`` and bf16 levels it is unbiased, and at most two distinct values come back exactly. 2 levels: ``quantile``
+with 2.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,15 @@
 """PowerSGD's rank-r factors (Vogels, Karimireddy, Jaggi, NeurIPS 2019), with warm start, as the DEF authors' RankK computes them.
 
-Tensors of two and more dimensions are matrices M (n0, rest), r = min(rank, n0, rest):
+    P = orth(mean_k M^k Q);   Q^k = M^kT P;   Q <- mean_k Q^k
+    sent: P Q^T;   residual of worker k: M^k - P Q^kT
 
-    P^k = M^k Q;  P = sum_k P^k, made orthonormal;  Q^k = M^kT P;  Q = mean_k Q^k;  sent: P Q^T;  residual: M^k - P Q^kT
+Tensors of two and more dimensions are matrices M (n0, rest), r = min(rank, n0, rest); orth is Gram-Schmidt. Two dependent all-reduces;
+everything else is all-reduced as it is. Q starts seeded and equal everywhere; its directions are kept from one exchange to the next
+(``warm_start``), of unit length, so that no size of M is special (the authors add 1e-8 in orth). A message alone (``encode``) is one
+such iteration of one worker from a seeded Q.
 
-Two dependent all-reduces; everything else is all-reduced as it is. Q starts seeded and equal everywhere, and is kept from one
-exchange to the next (``warm_start``). A message alone (``encode``) is one such iteration of one worker from a seeded Q.
+Limits: tensors of one dimension come back exactly; so does a mean matrix M of rank r or less whose M Q has the same rank, up to
+rounding.
 """
 
 from __future__ import annotations
@@ -21,8 +25,6 @@ from xutrain.engine.replica import Slice
 from xutrain.engine.rng import Key
 from xutrain.methods.codecs.base import Codec, Payload, as_vector, check_finite
 from xutrain.registry import Named, codec
-
-_EPS = 1e-8
 
 
 class Matrix(NamedTuple):
@@ -113,8 +115,9 @@ class LowRank(Codec):
             torch.matmul(left[i], right[i].t(), out=p.of(mean))
             for v, factors in zip(vectors, mine, strict=True):
                 p.of(v).sub_(left[i] @ factors[i].t())
-            if self.options.warm_start:
-                self.factors[p.name] = right[i].clone()
+            if self.options.warm_start:  # a column without a message keeps its direction: zero would never come alive again
+                norm = right[i].norm(dim=0)
+                self.factors[p.name] = torch.where(norm > 0, right[i] / norm, q[i])
         return mean
 
     def _start(self, p: Matrix, key: Key, like: Tensor) -> Tensor:
@@ -171,12 +174,18 @@ def _split(flat: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
-    """Modified Gram-Schmidt on the columns, with eps 1e-8 in the denominators as in the authors' code. Returns a new tensor."""
-    done = matrix.clone()
-    for i in range(done.shape[1]):
-        column = done[:, i : i + 1]
-        column.div_(column.norm() + _EPS)
-        if i + 1 < done.shape[1]:
-            rest = done[:, i + 1 :]
-            rest.sub_(column @ (column.t() @ rest))
+    """An orthonormal basis of the columns' span (rows, r): Gram-Schmidt, each column projected twice. Returns a new tensor.
+
+    A column that lies in the span of those before it, to the precision of its type, becomes zero: what is left of it is rounding
+    noise, which would be a direction of its own on every machine.
+    """
+    done = torch.empty_like(matrix)
+    least = 128 * torch.finfo(matrix.dtype).eps
+    for i in range(matrix.shape[1]):
+        before, column = done[:, :i], matrix[:, i]
+        floor = least * column.norm()
+        for _ in range(2 if i else 0):
+            column = column - before @ (before.t() @ column)
+        norm = column.norm()
+        done[:, i] = torch.where(norm > floor, column / norm, 0.0)
     return done

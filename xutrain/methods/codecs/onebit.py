@@ -1,4 +1,12 @@
-"""1-bit SGD's quantizer: threshold zero, two conditional means. A baseline."""
+"""1-bit SGD's quantizer: threshold zero, two conditional means. A baseline.
+
+    b_- = mean {v < 0},   b_+ = mean {v >= 0};   Q(v) = b_+ where v >= 0, else b_-
+
+v are the elements of a bucket; two floats are sent for it.
+
+Limits: biased; a bucket of one sign becomes its mean. Without ``clip`` and bf16 levels, elements of one magnitude come back exactly.
+On a bucket with mean 0 it is BinGrad-b.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,15 @@
-"""ORQ-s: unbiased random rounding onto levels that minimise the bucket's squared error (arXiv 2002.11082)."""
+"""ORQ-s: unbiased random rounding onto levels that minimise the bucket's squared error (arXiv 2002.11082).
+
+    b_0 = min v,   b_{s-1} = max v;   Q(v) = b_{k+1} with probability (v - b_k) / (b_{k+1} - b_k), else b_k
+    between b_l and b_r:  the q-th smallest of the m elements in [b_l, b_r],   q = clamp(ceil(m - A / R), 1, m)      (C3)
+    A = sum of v - b_l over them,   R = b_r - b_l
+
+v are the elements of a bucket; (C3) is the exact minimiser of sum (b_{k+1} - v) (v - b_k) for given neighbours. Bisection sets
+s = 2^K + 1 levels, the middle one first; ``refine`` repeats (C3) with the neighbours as they are now.
+
+Limits: without ``clip`` and bf16 levels it is unbiased, and lossless where every distinct value has a level (a constant bucket, at
+most two values). 3 levels are the exact optimum between minimum and maximum; ``refine`` never raises the error.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,13 @@
-"""ORQ with free outer levels: the multi-level form of BinGrad-pb. Beyond the paper."""
+"""ORQ with free outer levels: the multi-level form of BinGrad-pb. Beyond the paper.
+
+    least  sum (v - w)^2 + (b_{k+1} - w) (w - b_k),   w = v clamped to [b_0, b_{s-1}],  b_k <= w <= b_{k+1}
+    top:   sum_{last cell} (v - b_{s-2}) = 2 sum_{v > b_{s-1}} (v - b_{s-1});   bottom: its mirror image;   between: (C3)
+
+v are the elements of a bucket, b_0 .. b_{s-1} its levels; the sum is bias^2 + variance of one message.
+
+Limits: K-aware ORQ with K = 1; 2 levels: BinGrad-pb with free levels. Without ``clip`` and bf16 levels, a constant bucket comes back
+exactly.
+"""
 
 from __future__ import annotations
 

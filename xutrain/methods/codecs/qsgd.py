@@ -1,4 +1,13 @@
-"""QSGD: evenly spaced levels between -N and N, N the bucket's norm. A baseline."""
+"""QSGD: evenly spaced levels between -N and N, N the bucket's norm. A baseline.
+
+    Q(v_i) = sign(v_i) (j + 1) N / u with probability u |v_i| / N - j, else sign(v_i) j N / u;   j = floor(u |v_i| / N)
+    N = max |v_i|   (norm: max)     or     N = ||v||_2   (norm: l2);   u = (levels - 1) / 2
+
+v_i are the elements of a bucket; N is sent for it.
+
+Limits: without ``clip`` and bf16 levels it is unbiased, and with ``norm: max`` elements of one magnitude come back exactly.
+``norm: max`` with 3 levels is TernGrad.
+"""
 
 from __future__ import annotations
 

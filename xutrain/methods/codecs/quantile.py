@@ -1,4 +1,13 @@
-"""Levels at evenly spaced quantiles. A baseline."""
+"""Levels at evenly spaced quantiles. A baseline.
+
+    b_k = v_(h) at rank h = k (n - 1) / (s - 1), linear between ranks,   k = 0 .. s-1
+    Q(v) = b_{k+1} with probability (v - b_k) / (b_{k+1} - b_k), else b_k,   for b_k <= v <= b_{k+1}
+
+v_(0) <= ... <= v_(n-1) are the elements of a bucket, s is ``levels``; all levels are sent.
+
+Limits: without ``clip`` and bf16 levels it is unbiased, and a bucket of s elements, or of at most two distinct values, comes back
+exactly. 2 levels: ``linear`` with 2.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
 """Random blocks: every worker sends the same contiguous part of each tensor (arXiv 2004.05298, RBGS).
 
-    n elements, b = max(1, int(n / R)), start uniform in 0 .. n-1, block = start .. start+b-1 cyclically; C(v) = v there, 0 elsewhere.
+    n elements, b = max(1, int(n / R)), start uniform in 0 .. n-1, block = start .. start+b-1 cyclically
+    C(v) = v on the block, 0 elsewhere;   E||v - C(v)||^2 = (1 - b/n) ||v||^2
 
-No factor 1 / probability: E||v - C(v)||^2 = (1 - b/n) ||v||^2 exactly. Limit: ratio 1 sends everything.
-``scope``: tensor is the authors' URSB; flat cuts one block from the whole vector; grid cuts a rectangle from every matrix
-(their GRSB, whose last blocks are truncated; here they wrap around, so that every message has the same size).
+No factor 1 / probability; the expectation over the start is exact. ``scope``: tensor is the authors' URSB; flat cuts one block from
+the whole vector; grid cuts a rectangle from every matrix (their GRSB, whose last blocks are truncated; here they wrap around, so
+that every message has the same size). ``balanced`` sends the blocks in a random order instead, each once.
+
+Limits: ratio 1 sends everything.
 """
 
 from __future__ import annotations

@@ -1,7 +1,12 @@
 """Random-k: k = max(1, int(n / R)) distinct positions of each tensor, the same on all workers. A baseline.
 
-C(v) = v there and 0 elsewhere: contractive with k/n. ``rescale`` multiplies by n/k and makes it unbiased (SAEF's GSpar with a
-fixed count); its relative error n/k - 1 exceeds 1 for R > 2, and then error feedback diverges. Limit: ratio 1 sends everything.
+    C(v) = v at the k positions, 0 elsewhere;   E||v - C(v)||^2 = (1 - k/n) ||v||^2
+    rescale:  C(v) = (n/k) v there;             E||v - C(v)||^2 = (n/k - 1) ||v||^2
+
+Contractive with k/n. ``rescale`` makes it unbiased (SAEF's GSpar with a fixed count); its relative error exceeds 1 where k < n/2, as
+in every tensor of more than two elements for R > 2, and then error feedback diverges.
+
+Limits: ratio 1 sends everything, with ``rescale`` or without.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ class RandomK(SharedSupport):
     def __init__(self, options: Any, workers: int = 1) -> None:
         super().__init__(options, workers)
         if options.rescale:
-            self.biased, self.contractive, self.expands = False, options.ratio < 2, options.ratio > 2
+            self.biased, self.contractive, self.expands = False, options.ratio == 1, options.ratio > 2
 
     @property
     def label(self) -> str:

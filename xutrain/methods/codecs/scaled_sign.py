@@ -1,4 +1,11 @@
-"""Scaled sign: the sign times the mean magnitude. A baseline."""
+"""Scaled sign: the sign times the mean magnitude. A baseline.
+
+    Q(v_i) = m where v_i >= 0, else -m;   m = (1/n) sum |v_i|;   ||v - Q(v)||^2 = ||v||^2 - n m^2
+
+v_i are the n elements that share one magnitude: of a bucket, of a tensor, or all (``scope``); m is sent for them.
+
+Limits: biased. Without ``clip`` and bf16 levels, elements of one magnitude (a constant bucket too) come back exactly.
+"""
 
 from __future__ import annotations
 

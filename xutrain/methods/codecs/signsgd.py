@@ -1,4 +1,13 @@
-"""SignSGD: one bit per element and nothing else. A baseline."""
+"""SignSGD: one bit per element and nothing else. A baseline.
+
+    Q(v_i) = 1 where v_i >= 0, else -1
+    vote: true:   G_i = 1 where mean_k Q(v_i^k) >= 0, else -1
+    vote: false:  G_i = mean_k Q(v_i^k)
+
+G is what the messages of the workers k become. The size of v is not sent: the learning rate is the step.
+
+Limits: biased, and 0 decodes to 1. With one worker ``vote`` changes nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""TernGrad: random rounding onto -M, 0 and M. A baseline."""
+"""TernGrad: random rounding onto -M, 0 and M. A baseline.
+
+    Q(v_i) = sign(v_i) M with probability |v_i| / M, else 0;   M = max |v_i|
+
+v_i are the elements of a bucket, clipped first if ``clip`` is set; M is sent for it.
+
+Limits: without ``clip`` and bf16 levels it is unbiased, and elements of one magnitude come back exactly. It is QSGD with 3 levels
+and ``norm: max``.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,11 @@
 """Top-k: the k = max(1, int(n / R)) largest magnitudes of each tensor, with their positions. A baseline.
 
+    C(v)_i = v_i where |v_i| is among the k largest, else 0;   ||v - C(v)||^2 <= (1 - k/n) ||v||^2
+
 Wire: the values in order of position, float32, then the positions, ceil(log2 n) bits each (none where k = n), as one packed
-stream. Ties go to the lower position. ||v - C(v)||^2 <= (1 - k/n) ||v||^2. Limit: ratio 1 sends everything.
+stream. Ties go to the lower position.
+
+Limits: ratio 1 sends everything; a tensor with at most k elements other than 0 comes back exactly.
 """
 
 from __future__ import annotations

@@ -1,9 +1,14 @@
 """APFL: every client mixes a model of its own with its local version of the global one, and may learn how much.
 
-Deng et al., 2020 (arXiv 2003.13461). With u = a v + (1 - a) w, per local step
-  w <- w - eta grad F(w);   v <- v - eta a grad F(u)
-and, where ``adaptive``, once a round  a <- clip(a - mix_lr <grad F(u), v - w>, 0, 1). w is averaged, v and a stay. Served: u.
-a 0 is FedAvg, a 1 is local training.
+Deng et al., 2020 (arXiv 2003.13461). With u = a v + (1 - a) w, P local steps from w = x, both gradients on the same minibatch:
+
+    w <- w - eta grad F(w);   v <- v - eta a grad F(u)
+    once a round, where ``adaptive``:   a <- clip(a - mix_lr <grad F(u), v - w>, 0, 1)
+    server:   x <- x + sum p_k (w_k - x)
+
+w is averaged, v and a stay; v begins at the first received x. The inner product is that of the round's first step. Served: u.
+
+Limits: x is FedAvg's for any a. Without ``adaptive``, a 0 is FedAvg, served after the client's own local steps; a 1 is local training.
 """
 
 from __future__ import annotations

@@ -3,11 +3,14 @@
 Xia et al., arXiv 2104.10195, from memory of the published rule: a = softmax(beta),
 beta <- beta - eta grad_beta sum_k v_k L_k^val(sum_j a_j w^j), with v_k the client's share of the validation samples (here: p_k). The
 gradient needs no further round: the model that a client receives is sum_j a_j w^j, so its answer carries the gradient of its
-validation loss there, one vector more, and the server, which kept the updates Delta_j of the round before, takes
+validation loss there, one vector more, and the server, which kept the updates Delta_j = alpha (w^j - w) of the round before, takes
 
     g_j = <sum_k p_k grad L_k^val(w), Delta_j>,    grad_beta = a * (g - <a, g>)                                    (1)
+    beta <- beta - eta grad_beta;   a = softmax(beta);   w <- w + sum_j a_j Delta_j, with the new Delta_j
 
-beta starts at ln p_k, so the first round is FedAvg; weight_lr 0 is FedAvg for ever. The weights of round q learn in round q + 1.
+alpha is ``server_lr`` and eta ``weight_lr``. beta starts at ln p_k. The weights of round q learn in round q + 1.
+
+Limits: the first round is FedAvg; weight_lr 0 is FedAvg for ever.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ class AutoFedAvg(DoubleMomentum):
             self.learn(server, slope, self.value(round, "weight_lr"))
         a = self.shares(server, [int(k) for k in deltas])
         for share, delta in zip(a.tolist(), deltas.values(), strict=True):
-            server["model"].add_(delta, alpha=self.value(round, "server_lr") * share)
+            server["model"].add_(delta.mul_(self.value(round, "server_lr")), alpha=share)
         server["deltas"] = deltas
 
     def shares(self, server: State, clients: list[int]) -> Tensor:

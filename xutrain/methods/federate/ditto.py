@@ -1,8 +1,14 @@
 """Ditto: FedAvg, and beside it a personal model per client that is held near the global one and never sent.
 
-Li et al., ICML 2021. v_k minimises F_k(v) + (strength/2) ||v - x_r||^2 with x_r the model received in this round; v_k starts from
-the first received model and goes on from its own last state. strength 0 is local training, a large one keeps v_k at x_r
-(plain gradient descent needs lr * strength < 2).
+Li et al., ICML 2021. v_k minimises F_k(v) + (strength/2) ||v - x_r||^2 with x_r the model received in this round:
+
+    v_k <- v_k - eta [g_k(v_k) + strength (v_k - x_r)]        personal_epochs P times a round
+    x_{r+1} = x_r + sum p_k (y_k - x_r)                       y_k after P local steps from x_r, as FedAvg
+
+v_k starts from the first received model and goes on from its own last state. A large strength keeps v_k at x_r (plain gradient
+descent needs lr * strength < 2).
+
+Limits: strength 0 is local training; the global model is FedAvg's for any strength.
 """
 
 from __future__ import annotations

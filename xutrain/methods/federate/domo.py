@@ -1,14 +1,18 @@
 """DOMO and DOMO-S: two momenta, coordinated by letting the server's momentum move the local models.
 
 Paper: arXiv 2102.03970 (AAAI 2022); equations (1) to (6) in ``double_momentum.py``. DOMO moves the local start by
-eta beta P m_r (2); DOMO-S scatters the same move over the local steps (4). Clients infer m_r from two models in a row,
-so neither sends a number more than FedAvg; when clients may miss rounds the server sends m_r (ours).
+eta beta P m_r (2); DOMO-S scatters the same move over the local steps (4). b starts from zero, d_k is the mean of b:
+
+    DOMO:     y = x_r - eta beta P m_r;   P times: b <- mu_l b + g_k(y),  y <- y - eta b
+    DOMO-S:   y = x_r;                    P times: b <- mu_l b + g_k(y),  y <- y - eta b - eta beta m_r
+    server:   m_{r+1} = mu_s m_r + sum p_k d_k;   x_{r+1} = x_r - alpha eta P m_{r+1}
+
+Clients infer m_r from two models in a row, so neither sends a number more than FedAvg; when clients may miss rounds the server
+sends m_r (ours). ``adaptive`` (ours): beta_r = beta * clip(cos(m_r, mean d_{r-1}), 0, 1), one number more in every plan.
 
 Limits: beta 0 is FedAvgSLM-Z; the first round equals FedAvgSLM-Z for any beta; P = 1 makes DOMO-S equal FedAvgSLM-Z;
 beta = alpha mu_s (the default) is an outer Nesterov step on the moved points. Fusion speeds up but does not move the
 fixed points: for the true optimum under heterogeneous clients see ``domo_cv``.
-
-``adaptive`` (ours): beta_r = beta * clip(cos(m_r, mean d_{r-1}), 0, 1), one number more in every plan.
 """
 
 from __future__ import annotations

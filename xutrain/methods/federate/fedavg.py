@@ -1,7 +1,14 @@
 """FedAvg: average of the models after local SGD.
 
-McMahan et al., AISTATS 2017. x_{r+1} = x_r - alpha eta P sum p_k d_k with d_k the mean gradient along client k's path;
-alpha = 1 is the average of the clients' models, one local step of everybody is SGD on the mean gradient.
+McMahan et al., AISTATS 2017. d_k is the mean gradient along client k's path (with local momentum, the mean of its buffer b):
+
+    P times from y_k = x_r:   b <- mu_l b + g_k(y_k);   y_k <- y_k - eta b
+    x_{r+1} = x_r + alpha sum p_k (y_k - x_r) = x_r - alpha eta P sum p_k d_k
+
+With ``nesterov`` the step is along g + mu_l b. b starts from zero, or from the client's own last one (``momentum_buffer: keep``).
+
+Limits: alpha = 1 is the average of the clients' models; one local step of everybody, without momentum, is SGD on the mean gradient;
+one client with alpha = 1 is SGD.
 """
 
 from __future__ import annotations

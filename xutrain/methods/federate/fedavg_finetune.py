@@ -1,7 +1,14 @@
 """FedAvg, and in the last round every client fine-tunes the global model for itself.
 
 All rounds but the last are FedAvg's; in the last one a client receives x, takes ``finetune_epochs`` times its local steps, keeps the
-result and sends nothing. The least that a personalised method must beat.
+result and sends nothing:
+
+    rounds before the last:   x <- x + sum p_k (y_k - x),   y_k after P steps y <- y - eta g_k(y) from x
+    last round:               w_k <- w_k - eta g_k(w_k),   finetune_epochs P times from w_k = x
+
+Served: w_k. The least that a personalised method must beat.
+
+Limits: one round is local training of the initial model; a client that misses the last round is served FedAvg's model.
 """
 
 from __future__ import annotations

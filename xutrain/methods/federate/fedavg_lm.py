@@ -1,9 +1,16 @@
 """FedAvgLM and FedAvgLM-Z: FedAvg with heavy-ball momentum inside the clients.
 
-Baselines of arXiv 2102.03970. LM starts every round from the average of the clients' buffers, which costs a second
-vector each way; LM-Z starts from zero and costs nothing. local_momentum 0 is FedAvg. With a constant gradient and P
-steps the zeroed buffer gains gamma = [1 - mu (1 - mu^P) / (P (1 - mu))] / (1 - mu), the averaged one 1 / (1 - mu):
-compare methods at equal lr times gain.
+Baselines of arXiv 2102.03970. The local steps of a round start with y = x and the buffer b = b_0:
+
+    P times: b <- mu_l b + g_k(y),  y <- y - eta b;      x <- x + alpha sum p_k (y_k - x)
+    LM:      b_0 = sum p_k b_k, the buffers at the end of the round before
+    LM-Z:    b_0 = 0
+
+LM starts every round from the average of the clients' buffers, which costs a second vector each way; LM-Z starts from zero and
+costs nothing. With a constant gradient and P steps the zeroed buffer gains gamma = [1 - mu (1 - mu^P) / (P (1 - mu))] / (1 - mu),
+the averaged one 1 / (1 - mu): compare methods at equal lr times gain.
+
+Limits: local_momentum 0 is FedAvg; P = 1 makes LM-Z equal FedAvg, and LM heavy-ball SGD on the mean gradient.
 """
 
 from __future__ import annotations

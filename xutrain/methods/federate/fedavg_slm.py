@@ -1,7 +1,14 @@
 """FedAvgSLM and FedAvgSLM-Z: momentum on the server and inside the clients, without fusion.
 
-Baselines of arXiv 2102.03970. SLM averages the local buffers (double traffic), SLM-Z sets them to zero each round.
-Both momenta 0 is FedAvg; DOMO with beta 0 is FedAvgSLM-Z.
+Baselines of arXiv 2102.03970. d_k is the mean of the local buffer b over the steps of a round, which start from y = x:
+
+    P times: b <- mu_l b + g_k(y),  y <- y - eta b;      m <- mu_s m + sum p_k d_k,  x <- x - alpha eta P m
+    SLM:     b starts from sum p_k b_k, the buffers at the end of the round before
+    SLM-Z:   b starts from 0
+
+SLM averages the local buffers (double traffic), SLM-Z sets them to zero each round.
+
+Limits: both momenta 0 is FedAvg (equal P_k); local_momentum 0 is FedAvgSM; DOMO with beta 0 is FedAvgSLM-Z.
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
 """FedAvgSM: FedAvg with momentum on the server (also known as FedAvgM, and as SlowMo with SGD inside).
 
-Baseline of arXiv 2102.03970. m <- mu_s m + sum p_k d_k; x <- x - alpha eta P m. server_momentum 0 is FedAvg.
+Baseline of arXiv 2102.03970. d_k is the mean gradient along client k's P steps y <- y - eta g_k(y) from x:
+
+    m <- mu_s m + sum p_k d_k;   x <- x - alpha eta P m
+
+Limits: server_momentum 0 is FedAvg (equal P_k); P = 1 with alpha = 1 is heavy-ball SGD on the mean gradient.
 """
 
 from __future__ import annotations

@@ -1,8 +1,13 @@
 """FedCM: every local step is blended with the last server direction.
 
-Xu et al., 2021 (arXiv 2106.10874). Local direction a g_k(y) + (1 - a) D with D = (x_{r-1} - x_r) / (alpha eta P), the last
-server direction without accumulation; clients infer D as DOMO's clients infer m_r. a = 1 is FedAvg. DOMO-S instead adds
-beta m_r, and keeps it out of what is sent.
+Xu et al., 2021 (arXiv 2106.10874). D is the last server direction without accumulation, 0 in the first round:
+
+    P times from y = x_r:   y <- y - eta [a g_k(y) + (1 - a) D],   D = (x_{r-1} - x_r) / (alpha eta P)
+    x_{r+1} = x_r - alpha eta P sum p_k d_k,   d_k the mean of the bracket over the steps
+
+Clients infer D as DOMO's clients infer m_r. DOMO-S instead adds beta m_r, and keeps it out of what is sent.
+
+Limits: a = 1 is FedAvg (equal P_k); the first round is FedAvg with a eta in the place of the local lr.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
 """FedNova: averaging that does not favour clients with more local steps.
 
-Wang et al., NeurIPS 2020. With local heavy ball rho, ||a_k||_1 = [P_k - rho (1 - rho^P_k)/(1 - rho)]/(1 - rho), and P_k for
-plain SGD; d_k = (x - y_k)/(eta ||a_k||_1); x <- x - alpha eta tau_eff sum p_k d_k, tau_eff = sum p_k ||a_k||_1.
-Equal P_k is FedAvg (with the same local momentum, FedAvgLM-Z).
+Wang et al., NeurIPS 2020. y_k is where client k's P_k steps from x end, rho the constant of its heavy ball:
+
+    ||a_k||_1 = [P_k - rho (1 - rho^P_k)/(1 - rho)]/(1 - rho),  P_k for plain SGD;   d_k = (x - y_k)/(eta ||a_k||_1)
+    x <- x - alpha eta tau_eff sum p_k d_k,   tau_eff = sum p_k ||a_k||_1
+
+Limits: equal P_k is FedAvg (with the same local momentum, FedAvgLM-Z).
 """
 
 from __future__ import annotations

@@ -1,11 +1,16 @@
 """FedAdam, FedYogi and FedAdagrad: an adaptive optimizer on the server.
 
-Reddi et al., ICLR 2021. The pseudo-gradient is Delta = sum p_k (y_k - x).
-  u <- b1 u + (1 - b1) Delta;   x <- x + server_lr u / (sqrt(v) + tau), without bias correction, u_0 = 0, v_0 = tau^2
-  Adam:    v <- b2 v + (1 - b2) Delta^2
-  Yogi:    v <- v - (1 - b2) Delta^2 sign(v - Delta^2)
-  Adagrad: v <- v + Delta^2
-beta1 0, beta2 0 and a tau far above |Delta| is FedAvg with server learning rate server_lr / tau.
+Reddi et al., ICLR 2021. The pseudo-gradient is Delta = sum p_k (y_k - x), y_k the end of client k's local steps:
+
+    u <- b1 u + (1 - b1) Delta;   x <- x + server_lr u / (sqrt(v) + tau)
+    FedAdam:      v <- b2 v + (1 - b2) Delta^2
+    FedYogi:      v <- v - (1 - b2) Delta^2 sign(v - Delta^2)
+    FedAdagrad:   v <- v + Delta^2
+
+v is renewed before it is used; u_0 = 0, v_0 = tau^2, without bias correction. b1 and b2 are ``beta1`` and ``beta2``.
+
+Limits: FedAdam with beta1 0, beta2 0 and a tau far above |Delta| approaches FedAvg with server learning rate
+server_lr / tau.
 """
 
 from __future__ import annotations

@@ -1,10 +1,17 @@
 """FedPer, FedRep and FedBN: some layers never leave their client, the others are averaged.
 
-FedPer (Arivazhagan et al., 2019): the head is the client's own; body and head are trained together, the body is averaged.
-FedRep (Collins et al., ICML 2021): a round first trains the head with the body frozen, then the body with the head frozen.
-FedBN (Li et al., ICLR 2021): the norm layers' parameters and statistics are the client's own. A net whose norm layers have
-neither (instance norm without parameters) makes it FedAvg, so it is refused.
-Only the averaged parameters are sent. All parameters averaged is FedAvg, none is local training.
+A client trains y = (received body, own head h_k) and sends the change of the body; only the averaged parameters are sent:
+
+    all:      body <- body + sum p_k (body_k - body);   h_k stays
+    FedPer:   P steps y <- y - eta g_k(y), body and head together
+    FedRep:   head_epochs P steps of the head with the body frozen, then body_epochs P of the body with the head frozen
+    FedBN:    as FedPer; h_k is the norm layers' parameters and statistics
+
+FedPer (Arivazhagan et al., 2019), FedRep (Collins et al., ICML 2021), FedBN (Li et al., ICLR 2021). A net whose norm layers have
+neither parameters nor statistics (instance norm without parameters) makes FedBN FedAvg, so it is refused.
+
+Limits: all parameters averaged is FedAvg, none is local training (FedPer and FedRep refuse patterns that match no or
+every parameter).
 """
 
 from __future__ import annotations

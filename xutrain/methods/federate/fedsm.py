@@ -6,19 +6,23 @@ selector phi and, after round 0, the averaged Adam moments, and does in this ord
   2. P local steps of w_g and, on the same minibatches, P of w_k; each with an optimizer of its own that lives on the client
   3. E_s times: one Adam step of phi on the gradient summed over all its minibatches, cross-entropy to the label k
 and the server, with a_k = P_k / sum P_j (so that a_k is the share of minibatches, S_k / sum S_j),
-  4. w_g <- w_g + sum a_k Delta_k w_g;  phi <- phi + sum a_k Delta_k phi;  moments <- sum a_k moments_k
-  5. pulls the w_k (``softpull.py``), without data-size weights
-  6. keeps the best w_g and phi by the mean score weighted by P_k, and each client's best w_k (from round 1 on; ``model_selection.py``).
-Inference on x: p = softmax(phi(x)), k* = argmax p; w_{k*} where p_{k*} > gamma (strict), else w_g. gamma 1 is always w_g, gamma 0
-always w_{k*}. Volumes: p is the mean over the axial slices. ``gamma_quantile`` (ours) gives every client a gamma of its own, from what phi
-says of its validation samples: one more number with the scores of step 1, and that of k* counts.
+
+    4. w_g <- w_g + sum a_k Delta_k w_g;   phi <- phi + sum a_k Delta_k phi;   moments <- sum a_k moments_k
+    5. w_k <- lambda w_k + (1 - lambda)/(K - 1) sum over j != k of w_j, all at once      (``softpull.py``)
+    on an image x:   p = softmax(phi(x)), k* = argmax p;   w_{k*} where p_{k*} > gamma (strict), else w_g
+
+5 has no data-size weights. The server also keeps (6) the best w_g and phi by the mean score weighted by P_k, and each client's best
+w_k (from round 1 on; ``model_selection.py``). Volumes: p is the mean over the axial slices. ``gamma_quantile`` (ours) gives every client
+a gamma of its own, from what phi says of its validation samples: one more number with the scores of step 1, and that of k* counts.
 
 ``selector_optimizer``: averaged_moments is the paper's; none leaves every client its own moments (each sees one label, so the
 selector hardly learns); server_adam (ours) sends the gradient only and runs Adam at the server: exactly centralised training
 of the selector with one step a round, a third of its uplink, nothing but phi down.
-
 ``mode: extra`` (FedSM-extra): FedAvg first, one round in which every client fine-tunes w_g, then ``selector_rounds`` rounds in
 which only the selector learns; all of them are part of ``train.rounds``.
+
+Limits: gamma 1 is always w_g, gamma 0 always w_{k*}; lambda 1/K, equal P_k and no client absent keep every w_k at w_g, which is then
+FedAvg's (equal weights); one client is local training.
 """
 
 from __future__ import annotations

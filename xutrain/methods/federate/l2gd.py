@@ -1,11 +1,15 @@
 """L2GD: loopless descent on (1/K) sum F_k(w_k) + (strength/2K) sum ||w_k - mean||^2.
 
 Hanzely and Richtarik, 2020 (arXiv 2002.05516), called L2SGD with minibatches. Every iteration is, by one common coin,
-  a gradient step of every w_k with probability 1 - q (learning rate eta = s / (K (1 - q))), or
-  a pull w_k <- (1 - c) w_k + c mean with probability q, c = s strength / (K q) = eta (1 - q) strength / q.
+
+    with probability 1 - q:   w_k <- w_k - eta g_k(w_k) for every k,   eta = s / (K (1 - q))
+    with probability q:       w_k <- (1 - c) w_k + c mean,   c = s strength / (K q) = eta (1 - q) strength / q
+
 Nothing is sent before a pull, so a round here is the gradient steps between two pulls (their number is drawn, 0 too) and the pull.
 Its mean is (1 - q)/q; ``pull_chance`` null takes q = 1/(P + 1), P local steps on average. SoftPull is the deterministic
-sibling, with c = 1 - rho. strength 0 is local training; c = 1 is FedAvg with equal weights.
+sibling, with c = 1 - rho. The mean counts every client once.
+
+Limits: strength 0 is local training; c = 1 is FedAvg with equal weights; a c above 1 is refused.
 """
 
 from __future__ import annotations
@@ -71,8 +75,9 @@ class L2GD(FederatedMethod):
         return replace(round, steps=(drawn,) * len(round.steps))
 
     def step(self, state: State, plan: Plan, problem: Problem) -> Reply:
-        start = self.pulled({**state, "pull": plan.knobs["pull"]}, plan.tensors["model"])
+        start = self.pulled(state, plan.tensors["model"])
         state["own"] = descend(problem, start, plan, memory_of(self.federation, state, "model"))
+        state["pull"] = plan.knobs["pull"]  # of this round's eta, whenever its mean arrives
         return Reply({"model": state["own"]})
 
     def pulled(self, state: State, mean: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ class L2GD(FederatedMethod):
         server["model"] = total.div_(len(round.clients))
 
     def served(self, server: State, state: State) -> Tensor:
-        return self.pulled({**state, "pull": server["pull"]}, server["model"])
+        return self.pulled(state, server["model"])
 
     def traffic(self, numel: int, previous_lr: float | None = None) -> Traffic:
         return Traffic(down={"model": numel}, up={"model": numel})

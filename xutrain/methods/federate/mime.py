@@ -1,11 +1,14 @@
 """Mime and MimeLite with momentum: local steps use a server statistic that is frozen during the round.
 
-Karimireddy et al., 2020 (arXiv 2008.03606). s is the server momentum (an average, not heavy ball), z a minibatch.
-  Mime:     clients first send the full gradient g_k(x), c = sum p_k g_k(x); local
-            y <- y - eta [(1 - b)(g_k(y; z) - g_k(x; z) + c) + b s], the same minibatch z in both
-  MimeLite: y <- y - eta [(1 - b) g_k(y; z) + b s]; the full gradient travels with the model
-  server:   s <- (1 - b) c + b s;  x <- sum p_k y_k
-momentum 0 makes MimeLite FedAvg. Mime's limit is argmin of sum p_k F_k.
+Karimireddy et al., 2020 (arXiv 2008.03606). s is the server momentum (an average, not heavy ball), z a minibatch:
+
+    Mime:       y <- y - eta [(1 - b)(g_k(y; z) - g_k(x; z) + c) + b s], the same minibatch z in both
+    MimeLite:   y <- y - eta [(1 - b) g_k(y; z) + b s]
+    server:     c = sum p_k g_k(x);   s <- (1 - b) c + b s;   x <- sum p_k y_k
+
+g_k(x) is the full gradient. Mime's clients send it first and receive c; with MimeLite it travels with the model.
+
+Limits: momentum 0 makes MimeLite FedAvg; P = 1 makes Mime x <- x - eta s with the new s. Mime ends at argmin of sum p_k F_k.
 """
 
 from __future__ import annotations

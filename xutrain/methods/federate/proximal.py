@@ -1,6 +1,13 @@
 """FedProx: local steps are pulled back to the received model.
 
-Li et al., MLSys 2020. Local loss F_k(y) + (mu/2) ||y - x||^2; the server averages. mu 0 is FedAvg.
+Li et al., MLSys 2020. Local loss F_k(y) + (mu/2) ||y - x||^2; the server averages:
+
+    P times from y_k = x:   y_k <- y_k - eta [g_k(y_k) + mu (y_k - x)]
+    x <- x + alpha sum p_k (y_k - x)
+
+With local momentum the bracket goes through a heavy ball, zeroed each round.
+
+Limits: mu 0 is FedAvg; P = 1 is FedAvg for any mu.
 """
 
 from __future__ import annotations

@@ -1,16 +1,20 @@
 """PRR-FL: every client has a personal model and a deputy; only the deputies meet, in the frequencies of their weights.
 
 Chen et al., MICCAI 2021 (personalized retrogress-resilient federated learning); rules as in the authors' code. Server, per
-weight of two or more axes, as a matrix (conv (N, C, d1, d2, ...) is permuted to (C d1, d2 ... N)): 2-D FFT; the central window of
-the shifted amplitude (a share L of each side) becomes the clients' mean amplitude, the amplitude outside and the phase stay the
-client's own; back by the inverse FFT. Other parameters: the mean. L = .7 + (t/T) (.95 - .7).
+weight W_k of two or more axes, as a matrix (conv (N, C, d1, d2, ...) is permuted to (C d1, d2 ... N)):
 
-Client, per stage (an equal part of the local steps; the paper's are its epochs), on scores s_d, s_p of deputy and personal model:
-  recover    first stage, or s_d < .7 s_p          deputy: loss + KL(personal || deputy);   personal: loss
-  exchange   s_d >= .7 s_p, or later s_d < .9 s_p  both: loss + KL from the other
-  sublimate  s_d >= .9 s_p after exchange          personal: loss + KL(deputy || personal);  deputy: loss
-With one stage a round it is always exchange. Teachers are fixed. Norm statistics stay with the client. (The code divides the sum of
-amplitudes by a fixed 4, its number of clients; here by K.)
+    W_k <- Re F^-1[A_k exp(i arg F W_k)],   A_k = mean_j |F W_j| inside the window, |F W_k| outside      other parameters: the mean
+    recover     first stage, or s_d < .7 s_p           deputy: loss + KL(personal || deputy);   personal: loss
+    exchange    s_d >= .7 s_p, or later s_d < .9 s_p   both: loss + KL from the other
+    sublimate   s_d >= .9 s_p after exchange           personal: loss + KL(deputy || personal);   deputy: loss
+
+F is the 2-D FFT; the window is the middle of the shifted amplitude, a share L = .7 + (t/T) (.95 - .7) of each side. (The code divides
+the sum of amplitudes by a fixed 4, its number of clients; here by K.) The other lines are a client's stages (equal parts of the local
+steps; the paper's are its epochs), on scores s_d, s_p of deputy and personal model. Teachers are fixed. Nets with running statistics
+are refused.
+
+Limits: one stage a round is always exchange; a share of 0 exchanges no frequency, only the other parameters; equal deputies
+come back as they were.
 """
 
 from __future__ import annotations

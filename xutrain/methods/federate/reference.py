@@ -1,8 +1,12 @@
 """The two ends between which every federated method lies: all data in one place, and nobody talks.
 
-``central`` is SGD with momentum on the union of the clients' samples, batch K times the client's, the same number of passes.
-``local`` trains a model of its own at every client; what is reported is the mean over the clients' models.
+    central:   b <- mu_l b + g(y);   y <- y - eta b      g the gradient on the union of the clients' samples, batch K times the client's
+    local:     b_k <- mu_l b_k + g_k(y_k);   y_k <- y_k - eta b_k      a model of its own at every client
+
+``central`` makes the same number of passes. Of ``local`` the mean over the clients' models is reported.
 Both keep their momentum buffer from round to round, and neither sends a bit.
+
+Limits: local_momentum 0 is plain SGD; with one client the two are the same training.
 """
 
 from __future__ import annotations

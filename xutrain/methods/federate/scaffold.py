@@ -1,8 +1,14 @@
 """SCAFFOLD, options I and II: control variates against client drift.
 
-Karimireddy et al., ICML 2020. Local step y <- y - eta (g_k(y) - c_k + c). Option II sets c_k to c_k - c + (x - y_k)/(P eta),
-which is the mean raw gradient along the path (so computed here, exact also for eta 0); option I to the full gradient of
-F_k at x. Limit: argmin of sum p_k F_k. All control variates kept at zero is FedAvg; so is the first round.
+Karimireddy et al., ICML 2020. c and all c_k start at zero; c is the sum of p_k c_k over all clients:
+
+    P times from y_k = x:   y_k <- y_k - eta (g_k(y_k) - c_k + c);      x <- x + alpha sum p_k (y_k - x)
+    option II:   c_k <- c_k - c + (x - y_k)/(P eta)
+    option I:    c_k <- full gradient of F_k at x
+
+Option II is the mean raw gradient along the path (so computed here, exact also for eta 0).
+
+Limits: it ends at argmin of sum p_k F_k. All control variates kept at zero is FedAvg; so is the first round.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
 """SoftPull: every client's model stays its own and is pulled a little towards the others'. The mathematics, and the method alone.
 
-Paper: arXiv 2203.10144 (FedSM). With K models, all at once,
-  w_k <- lambda w_k + (1 - lambda)/(K - 1) sum over j != k of w_j                                                     (1)
-which is W <- M W with M = rho I + (1 - rho) J/K,  rho = (K lambda - 1)/(K - 1)                                        (2)
-M is symmetric and doubly stochastic: the mean of the models never changes, every deviation from it is multiplied by rho.
-lambda 1 is local training, 1/K is full averaging, below 1/K overshoots (rho < 0). No data-size weights. K = 1: identity.
+Paper: arXiv 2203.10144 (FedSM). With K models, all at once, and W their stack:
 
-On quadratics F_k = a/2 (w - b_k)^2 with P steps eta a round, G = (1 - eta a)^P, the fixed point is
-  w_k = mean(b) + s (b_k - mean(b)),   s = rho (1 - G)/(1 - rho G)                                                     (3)
-the minimiser of sum F_k + (c/2) sum (w_k - mean)^2 with c = a (1 - rho)/(rho (1 - G)).
+    w_k <- lambda w_k + (1 - lambda)/(K - 1) sum over j != k of w_j                                                  (1)
+    W <- M W,   M = rho I + (1 - rho) J/K,   rho = (K lambda - 1)/(K - 1), which is the same                         (2)
+    fixed point of training and pull on quadratics: w_k = mean(b) + s (b_k - mean(b)),   s = rho (1 - G)/(1 - rho G)   (3)
+
+M is symmetric and doubly stochastic: the mean of the models never changes, every deviation from it is multiplied by rho.
+(3) is for F_k = a/2 (w - b_k)^2 with P steps eta a round, G = (1 - eta a)^P: the minimiser of
+sum F_k + (c/2) sum (w_k - mean)^2 with c = a (1 - rho)/(rho (1 - G)). No data-size weights.
 
 The method: each round every client trains its own model and sends it; the server pulls. Nothing but models crosses.
+
+Limits: lambda 1 is local training, 1/K is full averaging, below 1/K overshoots (rho < 0). K = 1: identity.
 """
 
 from __future__ import annotations

@@ -1,7 +1,13 @@
 """BP: back-propagation as sequential model parallelism; one stage is busy at a time.
 
-All delays are 0: batch b goes up through all stages and down again before batch b+1 starts. Bit-equal to training the
-uncut network on one process.
+    h_{k+1} = F_k(h_k; w_k),    g_K = dL/dh_K
+    G_k(b) = (dF_k/dw_k at (h_k, w_k))^T g_{k+1},    g_k = (dF_k/dh_k at (h_k, w_k))^T g_{k+1}
+    w_k <- step(w_k, G_k(b))
+
+All delays are 0: batch b goes up through all stages and down again before batch b+1 starts. ``step`` is the recipe's optimizer.
+
+Limits: one stage is plain training on one process; any number of stages is bit-equal to training the uncut network there, but
+for dropout, whose masks each stage draws for itself, and for clipping, which goes by each stage's own norm.
 """
 
 from __future__ import annotations

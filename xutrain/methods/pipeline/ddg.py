@@ -1,9 +1,15 @@
 """DDG: decoupled parallel back-propagation with delayed gradients (Huo, Gu, Yang, Huang, ICML 2018; code slowbull/DDG).
 
-Same schedule as FR, but a stage keeps the graph of each forward pass, so a gradient is taken at the weights that
-forwarded its batch:  G_k(b) = (dF_k/dw at (h_k, w_k at the forward))^T g_{k+1}. Modern autograd refuses to go backward
-through weights that an optimizer has changed in place, so the graph is built on a copy of the weights (K-1-k copies).
-``mix`` is what the official code computes on its old torch: stored activations are old, the weights in the Jacobian are new.
+    h_{k+1} = F_k(h_k; w_k^s),    s = max(0, b - (K-1-k))
+    G_k(b) = (dF_k/dw_k at (h_k, w_k^s))^T g_{k+1},    g_k = (dF_k/dh_k at (h_k, w_k^s))^T g_{k+1}
+    w_k^{b+1} = step(w_k^b, G_k(b))
+
+w_k^v are stage k's weights after v updates; batches and updates count from where the queues were last empty. Same schedule as
+FR, but a stage keeps the graph of each forward pass, so a gradient is taken at the weights that forwarded its batch. Modern
+autograd refuses to go backward through weights that an optimizer has changed in place, so the graph is built on a copy of the
+weights (K-1-k copies). ``mix`` is what the official code computes on its old torch: stored activations are old, the weights in
+the Jacobian are new.
+
 Limits: one stage is back-propagation; at lr = 0 it equals FR.
 """
 

@@ -1,9 +1,15 @@
 """DNI: decoupled neural interfaces, synthetic gradients (Jaderberg et al., ICML 2017).
 
-Stage k forwards a batch, asks its synthesizer M_k for g^ = M_k(h_{k+1}), goes backward on g^ and updates at once: no
-staleness, but an error in the gradient. Stage k+1 sends back dL^/dh_{k+1} (from its own synthetic gradient, or from the
-loss), on which M_k is trained by least squares. M_k: two hidden layers (5x5 convolutions on images) with normalisation and ReLU,
-and a zero output layer, so the first gradients are zero. Our choices: mean squared error, Adam for M_k.
+    g^_{k+1} = M_k(h_{k+1}),    g^_K = dL/dh_K
+    G_k = (dF_k/dw_k at (h_k, w_k))^T g^_{k+1},    g_k = (dF_k/dh_k at (h_k, w_k))^T g^_{k+1}
+    M_k <- Adam on mean (M_k(h_{k+1}) - g_{k+1})^2,    when stage k+1 has sent g_{k+1} back
+
+Stage k forwards a batch, asks its synthesizer M_k for g^, goes backward on g^ and updates at once: no staleness, but an error
+in the gradient. What stage k+1 sends back follows from its own synthetic gradient, or from the loss. M_k: two hidden layers
+(5x5 convolutions on images) with normalisation and ReLU, and a zero output layer, so the first gradients are zero. Our
+choices: mean squared error, Adam for M_k.
+
+Limits: one stage is back-propagation; until M_k's first step the gradient of stage k is zero.
 """
 
 from __future__ import annotations

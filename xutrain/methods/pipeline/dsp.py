@@ -1,12 +1,14 @@
 """DSP: diversely stale parameters, layer-wise staleness (arXiv 1909.02625).
 
-Every stage forwards one batch and goes backward on an older one in each iteration; it keeps only the inputs of the
-batches between, and recomputes its forward with the weights of the backward pass. For batch b
+    h_{k+1} = F_k(h_k; w_k^s),    s = max(0, b - m_k)
+    G_k(b) = (dF_k/dw_k at (h_k, w_k^b))^T g_{k+1},    g_k = (dF_k/dh_k at (h_k, w_k^b))^T g_{k+1}
+    w_k^{b+1} = step(w_k^b, G_k(b))
 
-    G_k = (dF_k/dw_k at (h_k, w_k now))^T g_{k+1},    g_k = (dF_k/dh_k at (h_k, w_k now))^T g_{k+1},
+w_k^v are stage k's weights after v updates; batches and updates count from where the queues were last empty. Every stage
+forwards one batch and goes backward on an older one in each iteration; it keeps only the inputs of the batches between, and
+recomputes its forward with the weights of the backward pass. h_k came through the older weights of the stages below.
 
-where h_k came through the older weights of the stages below. Limits: one stage is plain SGD; lr = 0 gives exactly the
-gradient of back-propagation; the gap to it is of first order in lr.
+Limits: one stage is plain SGD; lr = 0 gives exactly the gradient of back-propagation; the gap to it is of first order in lr.
 """
 
 from __future__ import annotations

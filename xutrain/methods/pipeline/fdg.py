@@ -1,7 +1,13 @@
 """FDG: fully decoupled training with gradient shrinking (Zhuang et al.; code ZHUANGHP/FDG).
 
-DSP's time table with the graphs kept, and stage k's gradient multiplied by shrink^(K-1-k) (the exponent is from memory
-of the paper, not seen). Limit: shrink 1 with one stage is back-propagation.
+    h_{k+1} = F_k(h_k; w_k^s),    s = max(0, b - m_k)
+    G_k(b) = beta^(K-1-k) (dF_k/dw_k at (h_k, w_k^s))^T g_{k+1},    g_k = (dF_k/dh_k at (h_k, w_k^s))^T g_{k+1}
+    w_k^{b+1} = step(w_k^b, G_k(b))
+
+DSP's time table with the graphs kept (w_k^v as in DSP), and stage k's gradient multiplied by shrink^(K-1-k), shrink = beta (the
+exponent is from memory of the paper, not seen). What goes down is not shrunk. ``mix`` takes the Jacobian at w_k^b, as in DDG.
+
+Limits: one stage is back-propagation; with shrink 1, lr = 0 gives exactly the gradient of back-propagation.
 """
 
 from __future__ import annotations

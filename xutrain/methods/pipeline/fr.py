@@ -1,9 +1,14 @@
 """FR: Features Replay (Huo, Gu, Huang, NeurIPS 2018; official code slowbull/FeaturesReplay).
 
-Iteration t forwards batch t through all stages, then every stage k goes backward on batch t-(K-1-k) with the error
-gradient received in iteration t-1, recomputing its forward with the present weights. Staleness K-1-k, half of DSP's
-least, at the price of a forward pass that runs through all stages in one tick. Limits: one stage is back-propagation; it is
-DSP's arithmetic with p = 0, q = 1.
+    h_{k+1} = F_k(h_k; w_k^s),    s = max(0, b - (K-1-k))
+    G_k(b) = (dF_k/dw_k at (h_k, w_k^b))^T g_{k+1},    g_k = (dF_k/dh_k at (h_k, w_k^b))^T g_{k+1}
+    w_k^{b+1} = step(w_k^b, G_k(b))
+
+w_k^v as in DSP. Iteration t forwards batch t through all stages, then every stage k goes backward on batch t-(K-1-k) with the
+error gradient received in iteration t-1, recomputing its forward with the present weights. Staleness K-1-k, half of DSP's
+least, at the price of a forward pass that runs through all stages in one tick.
+
+Limits: one stage is back-propagation; it is DSP's arithmetic with p = 0, q = 1.
 """
 
 from __future__ import annotations

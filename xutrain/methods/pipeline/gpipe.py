@@ -1,9 +1,12 @@
 """GPipe and 1F1B: a batch in micro-batches fills and empties the pipeline; one update, no staleness.
 
+    G = (1/M) sum_{i=1..M} dL_i/dw at w,    w <- step(w, G)        gpipe and 1f1b: L_i is the loss of micro-batch i
+
 Huang et al., NeurIPS 2019 (GPipe: all forwards, then all backwards, recomputation); Narayanan et al. (1F1B: one forward, one
 backward in turn, fewer activations alive). torch.distributed.pipelining runs both; neither is rewritten here. Without batch
-norm the gradient is back-propagation's up to rounding; batch-norm statistics are those of micro-batches.
-Limit: one micro-batch is back-propagation.
+norm and dropout the gradient is back-propagation's up to rounding; batch-norm statistics are those of micro-batches.
+
+Limits: one micro-batch is back-propagation (1F1B takes it with one stage only).
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """PipeMare: asynchronous pipeline with one weight copy and two corrections, each a switch (Yang et al., MLSys 2021).
 
-On DSP's time table, tau_k = m_k:
-    T1 (learning-rate rescheduling)     alpha_k = alpha / tau_k^e,  e = 1 - min(b / anneal, 1)
-    T2 (discrepancy correction)         the backward pass uses u = w - tau_k d,  d <- gamma d + (1 - gamma)(w_new - w_old),
-                                        gamma = D^(1/tau_k): an estimate of the weights that forwarded the batch
-The formulas are from memory of the paper, not seen. Limit: both switches off is DSP.
+    G_k(b) = (dF_k/dw_k at (h_k, u))^T g_{k+1},    g_k = (dF_k/dh_k at (h_k, u))^T g_{k+1},    w <- step(w, G_k(b), alpha_k)
+    T1 (learning-rate rescheduling)     alpha_k = alpha / tau_k^e,    e = 1 - min(b / anneal, 1)
+    T2 (discrepancy correction)         u = w - tau_k d,    d <- gamma d + (1 - gamma)(w_new - w_old),    gamma = D^(1/tau_k)
+
+On DSP's time table, tau_k = m_k. The backward pass uses u, an estimate of the weights that forwarded the batch; w and d are
+stage k's own. The last stage, tau = 0, has neither correction. The formulas are from memory of the paper, not seen.
+
+Limits: both switches off is DSP; one stage is back-propagation; lr = 0 gives exactly the gradient of back-propagation.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
     g = mean_i (x_t - x^i);   u <- momentum u + g;   x_{t+1} = x_t - lr (g + momentum u)
 
-Limit: lr = 1, momentum = 0 is plain averaging.
+``nesterov: false`` is heavy ball: x_{t+1} = x_t - lr u.
+
+Limits: lr = 1, momentum = 0 is plain averaging.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """DSM: distributed sign momentum with local steps (arXiv 2411.17866, algorithm as in the authors' program).
 
-    c        beta1 m_t + (1 - beta1) D
-    x_{t+1}  (1 - eta gamma lambda) x_t - eta gamma sign(c)
-    m_{t+1}  beta2 m_t + (1 - beta2) D
+    D = (1/n) sum_i (x_t - x^i) / gamma,    c = beta1 m_t + (1 - beta1) D
+    x_{t+1} = (1 - eta gamma lambda) x_t - eta gamma sign(c)
+    m_{t+1} = beta2 m_t + (1 - beta2) D
+
+x^i is where local steps took worker i from x_t, gamma their last learning rate (option ``gamma``); m_0 = 0.
 
 Limits: one local SGD step is Lion(lr = eta gamma) on the averaged gradient; beta1 = beta2 = 0 is signed Lookahead.
 """

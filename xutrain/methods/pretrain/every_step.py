@@ -1,8 +1,14 @@
 """Data-parallel baselines that exchange gradients every step: AdamW, and Lion (arXiv 2302.06675).
 
     G = mean_i Q(g^i), clipped to train.clip_norm after averaging;  one optimizer step on the common model
+    adamw   m <- b1 m + (1 - b1) G;  v <- b2 v + (1 - b2) G^2;  x <- (1 - lr wd) x - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+    lion    x <- (1 - lr wd) x - lr sign(b1 m + (1 - b1) G);  m <- b2 m + (1 - b2) G
 
-With ``error_feedback`` each worker sends Q(g^i + e^i) and keeps what it lost. Traffic is local_steps times that of local steps.
+wd acts on the tensors that optimizer.decay names. With ``error_feedback`` each worker sends Q(g^i + e^i) and keeps what it lost.
+Traffic is local_steps times that of local steps.
+
+Limits: codec fp (Q(g) = g) is the optimizer itself on the averaged gradient; Lion is then DSM with one local SGD step (the same
+decay, no clipping).
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """Global AdamW: an AdamW step on the pseudo-gradient (FedOpt's server step, arXiv 2003.00295), a baseline of arXiv 2411.17866.
 
-    m <- b1 m + (1 - b1) D;   v <- b2 v + (1 - b2) D^2
+    m <- b1 m + (1 - b1) D;   v <- b2 v + (1 - b2) D^2;   D = (1/n) sum_i (x_t - x^i) / gamma
     x_{t+1} = (1 - eta gamma lambda) x_t - eta gamma (m / (1 - b1^r)) / (sqrt(v / (1 - b2^r)) + eps),   r = 1, 2, ... rounds
 
 Differs from the authors' program, whose bias corrections count steps instead of rounds.
+
+Limits: one local step of plain SGD is AdamW(lr = eta gamma, decay on all parameters) on the averaged gradient; b1 = b2 = 0 and
+eps -> 0 is signed Lookahead.
 """
 
 from __future__ import annotations

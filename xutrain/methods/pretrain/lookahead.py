@@ -1,4 +1,9 @@
-"""Plain averaging of local steps, and Lookahead: x_{t+1} = (1 - alpha) x_t + alpha mean_i x^i.
+"""Plain averaging of local steps, and Lookahead, which goes a part of the way to the average.
+
+    local_adamw   x_{t+1} = mean_i x^i
+    lookahead     x_{t+1} = (1 - alpha) x_t + alpha mean_i x^i
+
+x^i is where local steps took worker i from x_t.
 
 Limits: alpha = 1 is averaging (Local AdamW, Local SGD); with one worker Lookahead is the original of arXiv 1907.08610; with one
 local SGD step averaging is data-parallel SGD.

@@ -1,6 +1,8 @@
-"""Signed Lookahead: x_{t+1} = (1 - eta gamma lambda) x_t - eta gamma sign(D), a baseline of arXiv 2411.17866.
+"""Signed Lookahead: the sign of the averaged displacement, a baseline of arXiv 2411.17866.
 
-Limit of DSM: beta1 = beta2 = 0.
+    x_{t+1} = (1 - eta gamma lambda) x_t - eta gamma sign(D),    D = (1/n) sum_i (x_t - x^i) / gamma
+
+Limits: it is DSM with beta1 = beta2 = 0, and either form of signed SlowMo with beta = 0.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
     A (signed_slowmo_a)   m <- beta m + (1 - beta) D;          x <- (1 - eta gamma lambda) x - eta gamma sign(m)
     B (signed_slowmo_b)   m <- beta m + (1 - beta) sign(D);    x <- (1 - eta gamma lambda) x - eta gamma m
 
-A is DSM with one beta and the momentum updated before use. B is the flag ``sign_momentum`` of the authors' program; its step
-is no sign, so parameters travel back. As in that program, its eta may fall from ``eta`` to ``eta_end`` in a straight line within
-the first ``eta_steps`` steps. Limit of both: beta = 0 is signed Lookahead.
+D = (1/n) sum_i (x - x^i) / gamma. A is DSM with one beta and the momentum updated before use. B is the flag ``sign_momentum`` of
+the authors' program; its step is no sign, so parameters travel back. As in that program, its eta may fall from ``eta`` to
+``eta_end`` in a straight line within the first ``eta_steps`` steps.
+
+Limits: beta = 0 is signed Lookahead, in both forms.
 """
 
 from __future__ import annotations

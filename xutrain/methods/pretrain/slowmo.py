@@ -1,14 +1,15 @@
-"""SlowMo (arXiv 1910.00643): u <- beta u + D;  x_{t+1} = x_t - alpha gamma u.
+"""SlowMo (arXiv 1910.00643): slow momentum over rounds of local steps.
 
-Limits: beta = 0 is Lookahead(alpha); beta = 0 and alpha = 1 is plain averaging (Local AdamW). With m = (1 - beta) u it is the
-exponential average x - eta gamma m, alpha = eta (1 - beta). fairscale advises beta among 0, 0.1, 0.2, 0.4, 0.6; the official
-example of DSM uses alpha = 1, beta = 0.2.
+    u <- beta u + D;   x_{t+1} = x_t - alpha gamma u,   D = (1/n) sum_i (x_t - x^i) / gamma
 
-``clip`` (a flag of the program of arXiv 2411.17866) bounds one vector of the step, ``clip_where``:
-    displacement    gamma D, what the workers moved
-    before          u of the last round, before D is added
-    after           u of this round, which is kept as it was clipped
-    update          u in the step only; what is kept is not clipped
+With m = (1 - beta) u it is the exponential average x - eta gamma m, alpha = eta (1 - beta). fairscale advises beta among 0, 0.1,
+0.2, 0.4, 0.6; the official example of DSM uses alpha = 1, beta = 0.2.
+
+``clip`` (a flag of the program of arXiv 2411.17866) bounds one vector of the step, ``clip_where``. displacement: gamma D, what
+the workers moved. before: u of the last round, before D is added. after: u of this round, which is kept as it was clipped.
+update: u in the step only; what is kept is not clipped.
+
+Limits: beta = 0 is Lookahead(alpha); beta = 0 and alpha = 1 is plain averaging (Local AdamW).
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""EAN, expert activation norm: importance = sum over routed tokens of ||E(x)||_2, without the router's weight."""
+"""EAN, expert activation norm: importance = sum over routed tokens of ||E(x)||_2, without the router's weight.
+
+    S_e = sum_{t routed to e} ||E_e(x_t)||_2;    the ``keep`` experts with the largest S_e stay, of equal ones the first
+
+Limits: keep = n drops nothing; an expert without tokens has importance zero.
+"""
 
 from __future__ import annotations
 

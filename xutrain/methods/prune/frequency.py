@@ -1,4 +1,9 @@
-"""Keep the experts that the router uses most: importance = number of routed calibration tokens."""
+"""Keep the experts that the router uses most: importance = number of routed calibration tokens.
+
+    S_e = #{ t : e in top-k(t) };    the ``keep`` experts with the largest S_e stay, of equal ones the first
+
+Limits: keep = n drops nothing; where every output has the same norm, EAN has the same order.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,12 @@
 """Magnitude: score |W|, no data. The baseline of Wanda's code: one threshold per matrix, inclusive.
 
-``group: row`` compares inside a row instead, as the activation-aware scores do.
+    matrix   W_ij goes where |W_ij| <= the value at position int(numel p) (from 0) of all |W|, sorted
+    row      the floor(d_in p) smallest |W_ij| of each row i go, of equal ones the first columns
+
+p is the sparsity. ``group: row`` compares inside a row instead, as the activation-aware scores do.
+
+Limits: with an n:m pattern both groups are the same; ``row`` is what the methods that need tokens do with an expert that too few
+reached.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
     S_ij = |W_ij| sqrt( sum_{t routed to e} g_t^2 z_tj^2 ),   z = x for W1 and W3, z = h = silu(W1 x) * (W3 x) for W2
 
 compared inside each output row; no weight update. The printed Gate_j has no input index: it is read as g_t, the
-renormalised top-k weight. Limits: equal g for all tokens of an expert is Wanda (so is k = 1 with renormalisation); scaling
-g by a constant per expert changes no mask, so rarely used experts are not pruned harder.
+renormalised top-k weight.
+
+Limits: equal g for all tokens of an expert is Wanda (so is k = 1 with renormalisation, and ``gate: none``); scaling g by a
+constant per expert changes no mask, so rarely used experts are not pruned harder.
 """
 
 from __future__ import annotations

@@ -1,8 +1,13 @@
 """NAEE (arXiv:2402.14800): try every subset of experts and keep the one whose layer output is nearest to the dense one.
 
-For each subset of r experts the router sees only those (the others' logits are minus infinity, softmax and top-k redone);
-loss = sum over calibration batches of ||Z - Z_subset||_F, in float64. Exhaustive: 28 subsets for 8 -> 6, 70 for 8 -> 4.
-All experts of one layer are in memory at once. Limit: r = n drops nothing, with loss 0.
+    loss(R) = sum_b ||Z_b - Z_b(R)||_F,    Z(R)_t = sum_{e in top-k of R} g_te(R) E_e(x_t)
+    R = argmin of loss over the subsets of r experts
+
+For each subset R of r experts (``keep``) the router sees only those (the others' logits are minus infinity, softmax and top-k
+redone); Z is the dense layer's output, b a calibration batch, the norm in float64. Exhaustive: 28 subsets for 8 -> 6, 70 for
+8 -> 4. All experts of one layer are in memory at once.
+
+Limits: r = n drops nothing, with loss 0.
 """
 
 from __future__ import annotations

@@ -1,8 +1,13 @@
 """Path: the damage of one weight followed through the SwiGLU (ours; extends arXiv:2410.12013).
 
-Zeroing W3_mj changes the gated output of the layer by ||W2[:, m]|| |W3_mj| sqrt(sum_t g_t^2 silu(a_tm)^2 x_tj^2), exactly;
-W1_mj by the same with silu'(a_tm) b_tm in place of silu(a_tm), to first order; W2_ij by MoE-Pruner's own score, exactly.
-||W2[:, m]|| is constant in a row, so it drops out of the comparison.
+    S(W3)_mj = |W3_mj| sqrt( sum_t g_t^2 silu(a_tm)^2 x_tj^2 )
+    S(W1)_mj = |W1_mj| sqrt( sum_t g_t^2 (silu'(a_tm) b_tm)^2 x_tj^2 )
+    S(W2)_ij = |W2_ij| sqrt( sum_t g_t^2 h_tj^2 ),    a = W1 x, b = W3 x, h = silu(a) * b
+
+Zeroing W3_mj changes the gated output of the layer by ||W2[:, m]|| S(W3)_mj, exactly; W1_mj by ||W2[:, m]|| S(W1)_mj, to first
+order; W2_ij by MoE-Pruner's own score, exactly. ||W2[:, m]|| is constant in a row, so it drops out of the comparison.
+
+Limits: W2's mask is MoE-Pruner's; scaling g by a constant per expert changes no mask.
 """
 
 from __future__ import annotations

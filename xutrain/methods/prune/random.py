@@ -1,4 +1,11 @@
-"""Random: in every row a uniformly random subset of the right size. The floor that every score must beat."""
+"""Random: in every row a uniformly random subset of the right size. The floor that every score must beat.
+
+    S_ij uniform on [0, 1), independent;    the floor(d_in p) smallest of each row go, or n:m
+
+p is the sparsity; the draw is keyed by the run's seed, layer, expert and matrix, and looks at no data.
+
+Limits: sparsity 0 changes nothing, sparsity 1 leaves zeros; the same seed draws the same masks.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,10 @@
 """REAP (arXiv:2510.13999): importance = mean over routed tokens of g ||E(x)||_2, with the weights g that the model applies.
 
-An expert without tokens has importance zero.
+    S_e = (1 / n_e) sum_{t routed to e} g_t ||E_e(x_t)||_2;    the ``keep`` experts with the largest S_e stay, of equal ones the first
+
+n_e is the number of tokens routed to e. An expert without tokens has importance zero.
+
+Limits: g = 1 is EAN's sum divided by n_e; keep = n drops nothing.
 """
 
 from __future__ import annotations

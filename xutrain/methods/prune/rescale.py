@@ -1,4 +1,4 @@
-"""Row rescaling (ours, spec 9.5): after masking, one factor per output row that gives back what the row lost on average.
+"""Row rescaling (ours): after masking, one factor per output row that gives back what the row lost on average.
 
     alpha_i = sum_t g_t^2 Y_ti Y'_ti / sum_t g_t^2 Y'_ti^2,   Y = z W^T dense, Y' = z W'^T masked
 

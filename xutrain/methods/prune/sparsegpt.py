@@ -1,9 +1,14 @@
 """SparseGPT (arXiv:2301.00774): prune block by block of columns and let the remaining weights make up for it.
 
-Scores W^2 / diag(U)^2 with U the upper Cholesky factor of H^-1; the mask of a block of 128 columns uses one threshold for
-all rows, inclusive (or n:m per row). ``gate`` weights the tokens in H by the router (g^2), ours. ``invariant`` divides the
-columns by sqrt(diag H) first, damps in that scale and compares inside rows (ours, spec 9.4): the result then does not
-depend on how channels are scaled. Limits: diagonal H changes no kept weight; H proportional to I is magnitude in a block.
+    H = sum_t g_t^2 z_t z_t^T,    U^T U = (H + damping mean(diag H) I)^-1,    U upper triangular
+    S_ij = W_ij^2 / U_jj^2
+    for each column j in turn:  e_i = W_ij / U_jj where W_ij goes, else 0;    W_il <- W_il - e_i U_jl  for l > j
+
+z is the input of the matrix. The mask of a block of 128 columns uses one threshold for all rows, inclusive (or n:m per row). ``gate``
+weights the tokens in H by the router (g^2), ours; by default g = 1. ``invariant`` divides the columns by sqrt(diag H) first, damps in
+that scale and compares inside rows (ours): the result then does not depend on how channels are scaled.
+
+Limits: diagonal H changes no kept weight; H proportional to I is magnitude in a block.
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
 """Wanda (arXiv:2306.11695): S_ij = |W_ij| ||X_j||_2, compared inside each output row, no weight update.
 
+    S_ij = |W_ij| sqrt( sum_t z_tj^2 ),   z = x for W1 and W3, z = h = silu(W1 x) * (W3 x) for W2
+
 For an expert, X are the tokens that the router sends to it. ``all_tokens`` calibrates every expert with every token, as
 some tools do by default. Equal router weights turn MoE-Pruner into this method, bit for bit.
+
+Limits: it is MoE-Pruner with equal g; where all columns of X have one norm it is magnitude inside rows.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """Quantized data-parallel SGD (arXiv 2002.11082).
 
-    G = (1/K) sum_k Q(g^k);   momentum SGD on G, weight decay added after the exchange.
+    G = (1/K) sum_k Q(g^k);   m <- mu m + G + wd x;   x <- x - lr m
+    error_feedback:  Q(g^k + e^k) is sent;   e^k <- g^k + e^k - Q(g^k + e^k)
 
-Limit: codec fp is full-precision data-parallel SGD. With ``error_feedback`` (ours, not in the paper) each worker sends
-Q(g^k + e^k) and keeps e^k <- g^k + e^k - Q(g^k + e^k); e is in gradient units: what is held back when
-lr falls is later applied at the lower rate (the methods of `sparsify` keep it in parameter units instead).
+g^k is worker k's gradient; weight decay is added after the exchange. ``error_feedback`` is ours, not in the paper; e is in gradient
+units: what is held back when lr falls is later applied at the lower rate (the methods of `sparsify` keep it in parameter units
+instead).
+
+Limits: codec fp is full-precision data-parallel SGD, with ``error_feedback`` or without.
 """
 
 from __future__ import annotations

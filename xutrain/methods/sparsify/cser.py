@@ -1,11 +1,14 @@
 """CSER: communication-efficient SGD with error reset (arXiv 2007.13221), as the DEF authors' code computes it.
 
-    x^k worker k's model, a^k its deviation; the workers agree on x = x^k - a^k
+    g = gradient at x^k + wd x^k;   m^k <- mu m^k + g
     every step: c = mean_k C1(lr m^k), r^k the rest;   x <- x - c;   a^k <- a^k - r^k
     every ``reset_every`` steps: c' = mean_k C2(a^k), r'^k the rest;   x <- x + c';   a^k <- r'^k
 
-C2 is the recipe's codec; C1 is ``step_codec``, null: nothing is sent (R1 = 0 of the authors' script). Limits: step_codec null
-with reset_every 1 is SAEF without averaging (a = -e); C2 the identity and reset_every H is local SGD with H steps.
+x^k is worker k's model, a^k its deviation; the workers agree on x = x^k - a^k. C2 is the recipe's codec; C1 is ``step_codec``, null:
+nothing is sent (R1 = 0 of the authors' script).
+
+Limits: step_codec null with reset_every 1 is SAEF without averaging (a = -e) for a codec with C(-v) = -C(v), and with C2 the identity
+and reset_every H local SGD with H steps; step_codec fp is SGD.
 """
 
 from __future__ import annotations

@@ -1,10 +1,15 @@
 """DEF: detached error feedback (arXiv 2004.05298), and DEF-A, the same training evaluated at x.
 
-    gradient at p^k = x - lambda e^k, while all of e^k is fed back;   sum_k ||p^k - y||^2 / K = lambda^2 V + (1 - lambda)^2 M
+    g = gradient at p^k + wd p^k;   m^k <- mu m^k + g;   e^k <- e^k + lr m^k
+    c = mean_k C(e^k);   e^k <- e^k - C(e^k);   x <- x - c;   p^k <- x - lambda e^k
+    def:  measured at y = x - mean_k e^k;      def_a:  measured at x
 
-with M = ||mean e||^2 and V = mean ||e^k - mean e||^2: least at lambda = M / (M + V). Limits: lambda 0 is EF, 1 is SAEF without
-averaging, ratio 1 is SGD for every lambda. ``coeff: adaptive`` (ours) estimates M and V on the block that is exchanged anyway,
-with one more number per message. With local steps and coeff alpha this is also SA-PEF (arXiv 2601.20738).
+All of e^k is fed back, but the gradient sees a part: (1/K) sum_k ||p^k - y||^2 = lambda^2 V + (1 - lambda)^2 M with M = ||mean e||^2
+and V = mean ||e^k - mean e||^2, least at lambda = M / (M + V). ``coeff: adaptive`` (ours) estimates M and V on the block that is
+exchanged anyway, with one more number per message. Between exchanges (``period``) p^k moves by -lr m^k; so, with coeff alpha, this is
+also SA-PEF (arXiv 2601.20738).
+
+Limits: lambda 0 is EF, 1 is SAEF without averaging, ratio 1 is SGD for every lambda; period P with codec fp is local SGD.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """dist-EF-SGD with momentum (Zheng, Huang, Kwok, arXiv 1905.10936): Nesterov look-ahead, both directions compressed.
 
-    m <- mu m + g;   e^k <- e^k + lr (mu m + g);   sent C(e^k);   server: r = s + mean C(e^k), answers C(r), s <- r - C(r)
+    g = gradient at x + wd x;   m^k <- mu m^k + g;   e^k <- e^k + lr (mu m^k + g)
+    sent: C(e^k), e^k <- e^k - C(e^k);   server: r = s + mean_k C(e^k), answers c = C(r), s <- r - c;   x <- x - c
 
 The original keeps e in gradient units and multiplies it by lr_before / lr; a codec with C(a v) = a C(v), as its scaled sign
 with one block per tensor is (``codec: {name: scaled_sign, scope: tensor}``), gives the same numbers in parameter units.
-Limit: without momentum it is EF with ``two_way``.
+
+Limits: without momentum it is EF with ``two_way``; with momentum, EF with ``two_way`` and ``optimizer.nesterov``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
     e^k <- e^k + lr g^k;   c = mean_k C(e^k);   e^k <- e^k - C(e^k)
     u = c / lr + wd x;   m <- mu m + u;   x <- x - lr m
 
-One momentum for all; weight decay is not compressed. Limit: codec fp is SGD. With codec ``low_rank`` it is PowerSGD.
+One momentum for all; weight decay is not compressed. With codec ``low_rank`` it is PowerSGD.
+
+Limits: codec fp, or ratio 1, is SGD.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ class PEF(DataParallel):
     def step(self, grads: list[Tensor], lr: float, step: int) -> None:
         for grad, error in zip(grads, self.error, strict=True):
             error.add_(grad, alpha=lr)
+        held = [] if lr > 0 else [error.clone() for error in self.error]
         c = self.setup.exchange.feedback(self.error, self.setup.ctx.key("round", step)).mean
+        for error, before in zip(self.error, held, strict=False):
+            error.copy_(before)  # x does not move at lr 0, so what was sent is still owed
         self.optimizer.step(self.x, c.div_(lr) if lr > 0 else c.zero_(), lr)
 
     def state(self) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:

@@ -1,7 +1,12 @@
 """PowerSGD (Vogels, Karimireddy, Jaggi, arXiv 1905.13727): error feedback with rank-r factors, momentum after the reduction.
 
-The arithmetic is PEF's, the messages are codec ``low_rank``'s: ``codec: {name: low_rank, rank: 1}``. Limit: a rank that no
-tensor exceeds is SGD up to the rounding of the orthogonalisation.
+    e^k <- e^k + lr g^k;   P = orth(mean_k e^k Q);   Q^k = e^kT P;   Q <- mean_k Q^k;   c = P Q^T;   e^k <- e^k - P Q^kT
+    m <- mu m + c / lr + wd x;   x <- x - lr m
+
+e^k, g^k and c stand for one matrix of the model. The arithmetic is PEF's, the messages are codec ``low_rank``'s:
+``codec: {name: low_rank, rank: 1}``.
+
+Limits: a rank that no tensor exceeds is SGD, up to the rounding of the orthogonalisation.
 """
 
 from __future__ import annotations

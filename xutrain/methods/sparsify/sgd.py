@@ -2,7 +2,9 @@
 
     c = mean_k C(g^k + wd x);   m <- mu m + c;   x <- x - lr m
 
-Limit: codec fp is full-precision data-parallel momentum SGD, the reference of every table.
+g^k is worker k's gradient at x, C the recipe's codec; what C leaves out is not fed back.
+
+Limits: codec fp, or ratio 1, is full-precision data-parallel momentum SGD, the reference of every table.
 """
 
 from __future__ import annotations

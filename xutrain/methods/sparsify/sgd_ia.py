@@ -1,9 +1,12 @@
 """SGD with iterate averaging, to which arXiv 2004.05298 ties its method.
 
-    y <- SGD step with the gradient at z = (1 - coeff) xbar + coeff y;   xbar <- (1 - a) xbar + a y,   a = 1 / ratio
+    c = mean_k C(g^k + wd z);   m <- mu m + c;   y <- y - lr m,   gradients g^k at z
+    xbar <- (1 - a) xbar + a y,   a = 1 / ratio;   z = (1 - coeff) xbar + coeff y
 
 With coeff 1 (standard averaging) it is the expectation over masks of DEF with one worker and lambda 1; with coeff lambda that
-of DEF with lambda. Limit: ratio 1 is SGD. Measured first at xbar.
+of DEF with lambda. Measured first at xbar.
+
+Limits: ratio 1 is SGD; with coeff 1, y is SGD for any ratio.
 """
 
 from __future__ import annotations

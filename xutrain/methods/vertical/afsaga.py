@@ -1,10 +1,14 @@
-"""AFSAGA-VP: block steps with a table of past signals (arXiv 2008.06233; sections 3.4 and 3.5 of docs/vertical.md).
+"""AFSAGA-VP: block steps with a table of past signals (arXiv 2008.06233; docs/vertical.md).
 
-``table: scalar`` keeps the n past thetas a_i, for in a linear model they say everything about a past gradient:
-    w_l <- w_l - lr [ (t - a_i) x_{i,l} + A_l + l2 w_l ],  A_l <- A_l + (t - a_i) x_{i,l} / n,  a_i <- t,   t = theta(z_i, y_i).
-``table: official`` is the authors' program: past block gradients g = theta x + l2 w_l, regulariser inside, n x d_l numbers:
-    w_l <- w_l - lr (g - T_i + mean T),  then mean T += (g - T_i)/n,  T_i <- g.
-Every party has its own table, since every party saw its own total. A sample that is twice in a mini-batch changes the table once.
+    scalar     w_l <- w_l - lr [ (t - a_i) x_{i,l} + A_l + l2 w_l ],    A_l <- A_l + (t - a_i) x_{i,l} / n,    a_i <- t
+    official   w_l <- w_l - lr (g - T_i + mean T),    mean T <- mean T + (g - T_i) / n,    T_i <- g,    g = t x_{i,l} + l2 w_l
+
+with t = theta(z_i, y_i). ``table: scalar`` keeps the n past thetas a_i, for in a linear model they say everything about a past
+gradient. ``table: official`` is the authors' program: past block gradients g, regulariser inside, n x d_l numbers. Every party
+has its own table, since every party saw its own total. A sample that is twice in a mini-batch changes the table once.
+
+Limits: all parties in lock step with one index stream are centralised SAGA with the same table; at the optimum, the table taken
+there, every step is zero.
 """
 
 from __future__ import annotations
@@ -20,9 +24,7 @@ from xutrain.methods.vertical.losses import Array
 from xutrain.registry import Named, method
 
 
-@method(
-    "vertical", "afsaga", paper="arXiv:2008.06233", summary="asynchronous SAGA on feature blocks", aliases=("saga", "afsaga_vp", "fsaga_vp")
-)
+@method("vertical", "afsaga", paper="2008.06233", summary="asynchronous SAGA on feature blocks", aliases=("saga", "afsaga_vp", "fsaga_vp"))
 class AFSAGA(VerticalMethod):
     """Converges linearly with a constant step, without full passes."""
 

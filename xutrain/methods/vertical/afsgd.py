@@ -1,9 +1,11 @@
 """AFSGD-VP: asynchronous stochastic gradient steps on feature blocks (arXiv 2008.06233; docs/vertical.md).
 
-The label holder l picks sample i, gets z_i = sum_l x_{i,l}.w_l, and writes its own block only:
-    v = theta(z_i, y_i) x_{i,l} + l2 w_l,   w_l <- w_l - lr v.
-Limit cases: one party is centralised SGD; all parties in lock step with one index stream are centralised SGD.
+    z_i = sum_l x_{i,l}.w_l,    v = theta(z_i, y_i) x_{i,l} + l2 w_l,    w_l <- w_l - lr v
+
+The label holder l picks sample i, gets z_i, and writes its own block only; a mini-batch takes the mean over its samples.
 Order of the arithmetic as in the authors' program: decay first, then the data part.
+
+Limits: one party is centralised SGD; all parties in lock step with one index stream are centralised SGD.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from xutrain.methods.vertical.losses import Array
 from xutrain.registry import Named, method
 
 
-@method("vertical", "afsgd", paper="arXiv:2008.06233", summary="asynchronous SGD on feature blocks", aliases=("sgd", "afsgd_vp", "fsgd_vp"))
+@method("vertical", "afsgd", paper="2008.06233", summary="asynchronous SGD on feature blocks", aliases=("sgd", "afsgd_vp", "fsgd_vp"))
 class AFSGD(VerticalMethod):
     """Constant-step SGD: reaches a plateau whose height is proportional to the step."""
 

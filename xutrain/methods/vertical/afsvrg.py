@@ -1,11 +1,15 @@
 """AFSVRG-VP: variance-reduced block steps (arXiv 2008.06233; docs/vertical.md).
 
-At a snapshot all parties sum the reference totals of all n samples; party l keeps theta~ = theta(z~, y) and
-    G_l = (1/n) sum_i theta~_i x_{i,l}                                      (data part, no regulariser)
-and steps  w_l <- w_l - lr [ (theta_i - theta~_i) x_{i,l} + G_l + l2 w_l ].
-At the optimum every step is zero. ``snapshot: barrier`` is the published form: everybody stops for the pass, so everybody waits
-for the slowest party. ``snapshot: rolling`` (ours) sums in the background; each party changes over when it has the result, and
-each stays unbiased with respect to its own version. The first reference point is w = 0, whose totals are known to be zero.
+    G_l = (1/n) sum_i theta~_i x_{i,l},    theta~ = theta(z~, y)            at a snapshot; data part, no regulariser
+    w_l <- w_l - lr [ (theta_i - theta~_i) x_{i,l} + G_l + l2 w_l ]         at every step
+
+At a snapshot all parties sum the reference totals z~ of all n samples; party l keeps theta~ and G_l. ``snapshot: barrier`` is the
+published form: everybody stops for the pass, so everybody waits for the slowest party. ``snapshot: rolling`` (ours) sums in the
+background; each party changes over when it has the result, and each stays unbiased with respect to its own version. The first
+reference point is w = 0, whose totals are known to be zero.
+
+Limits: with ``barrier`` all parties in lock step with one index stream are centralised SVRG; at the optimum, the snapshot taken
+there, every step is zero.
 """
 
 from __future__ import annotations
@@ -20,9 +24,7 @@ from xutrain.methods.vertical.losses import Array
 from xutrain.registry import Named, method
 
 
-@method(
-    "vertical", "afsvrg", paper="arXiv:2008.06233", summary="asynchronous SVRG on feature blocks", aliases=("svrg", "afsvrg_vp", "fsvrg_vp")
-)
+@method("vertical", "afsvrg", paper="2008.06233", summary="asynchronous SVRG on feature blocks", aliases=("svrg", "afsvrg_vp", "fsvrg_vp"))
 class AFSVRG(VerticalMethod):
     """Converges linearly with a constant step."""
 

@@ -1,7 +1,14 @@
 """The centralised reference: all columns in one place, the same estimators, and the exact optimum by Newton's method.
 
-``central`` (called NonF in the papers) is every federated method with one party: nothing travels. ``optimum`` is what all of them
-must converge to; it gives the objective gap that the runs report.
+    f(w) = (1/n) sum_i L(x_i.w, y_i) + (l2/2) ||w||^2,    w <- w - lr (v + l2 w)
+    v = theta_i x_i   (sgd),    (theta_i - theta~_i) x_i + G   (svrg),    (theta_i - a_i) x_i + A   (saga)
+    optimum: w <- w - s H^-1 grad f(w),    H = Hessian of f at w,    s halved until f does not rise
+
+``central`` (called NonF in the papers) is AFSGD-VP, AFSVRG-VP or AFSAGA-VP with one party: nothing travels. ``optimum`` is what
+all of them must converge to; it gives the objective gap that the runs report. Softmax has L-BFGS in Newton's place.
+
+Limits: AFSGD-VP, AFSVRG-VP (barrier) and AFSAGA-VP (scalar table) in lock step with one index stream are this, and so is VFB2 with
+one dominator and no delay.
 """
 
 from __future__ import annotations

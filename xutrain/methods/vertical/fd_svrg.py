@@ -1,8 +1,12 @@
 """FD-SVRG: synchronous SVRG on feature slabs with tree sums (Zhang et al. 2018), a baseline.
 
-The step is AFSVRG's; what differs is the exchange. All workers draw the same index from a common seed, so no index travels; one
-binomial tree sums the products and sends the total back, so every worker holds every total; nothing is masked, and all hold labels.
-Payload: 2 (q-1) scalars a step for all workers together. Limit: the same iterates as AFSVRG in lock step with one index stream.
+    z_i = sum_l x_{i,l}.w_l   (one tree sum for all),    w_l <- w_l - lr [ (theta_i - theta~_i) x_{i,l} + G_l + l2 w_l ]
+
+The step is AFSVRG's, with its theta~ and G_l; what differs is the exchange. All workers draw the same index from a common seed,
+so no index travels; one binomial tree sums the products and sends the total back, so every worker holds every total; nothing is
+masked, and all hold labels. Payload: 2 (q-1) scalars a step for all workers together.
+
+Limits: the same iterates as AFSVRG in lock step with one index stream.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """FDML: an ensemble of the parties' own softmax models, trained together (baseline of the journal version of the paper).
 
-Party l predicts p_l = softmax(z^(l)) from its block alone; the joint prediction is p = (1/q) sum_l p_l, and one all-reduce a step
-sums the p_l. The chain rule for -log p(y) gives the block gradient
-    p_l(y) / (q p(y)) * (p_l - onehot(y)) x_{i,l}                            (``factor: exact``)
-The authors' program multiplies by q p_l(y) / p(y) instead (``factor: official``), q^2 times as long. Decay comes first.
+    p_l = softmax(x_{i,l}.w_l),    p = (1/q) sum_l p_l
+    w_l <- w_l - lr [ c (p_l - onehot(y)) x_{i,l} + l2 w_l ],    c = p_l(y) / (q p(y))   (exact),    q p_l(y) / p(y)   (official)
+
+Party l predicts from its block alone; one all-reduce a step sums the p_l. ``factor: exact`` is the chain rule for -log p(y).
+The authors' program multiplies by the other factor (``factor: official``), q^2 times as long. Decay comes first.
+
+Limits: with one party c = 1 in both forms, and the step is AFSGD-VP's with the softmax loss.
 """
 
 from __future__ import annotations

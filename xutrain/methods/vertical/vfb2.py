@@ -1,10 +1,16 @@
 """VFB2: backward updating (Zhang, Gu, Deng, Huang, AAAI 2021, arXiv 2103.00958), so that parties without labels learn too.
 
+    sgd    w_j <- w_j - lr (theta_i x_{i,j} + l2 w_j)                               at every party j,    theta_i = theta(z_i, y_i)
+    svrg   w_j <- w_j - lr [ (theta_i - theta~_i) x_{i,j} + G_j + l2 w_j ]
+    saga   w_j <- w_j - lr [ (theta_i - a_i) x_{i,j} + A_j + l2 w_j ],              A_j and a_i as in AFSAGA-VP
+
 In AFSGD-VP a party without labels cannot form theta, so its block stays at zero. Here the label holder (dominator) forms theta_i
-and sends (i, theta_i) to all others (collaborators), who update their own current block: w_j <- w_j - lr (theta_i x_{i,j} + l2 w_j).
-With ``estimator: svrg`` the dominator sends the n reference thetas at each snapshot; with ``saga`` each party keeps its own table.
-Several label holders run as several dominators side by side. Limit: one dominator, no delay = centralised.
-The sign of a logistic theta is the label (theta < 0 iff y = +1): collaborators learn the labels of the samples they are sent.
+and sends (i, theta_i) to all others (collaborators), who update their own current block. With ``estimator: svrg`` the dominator
+sends the n reference thetas at each snapshot; with ``saga`` each party keeps its own table. Several label holders run as several
+dominators side by side. The sign of a logistic theta is the label (theta < 0 iff y = +1): collaborators learn the labels of the
+samples they are sent.
+
+Limits: one dominator, no delay = centralised.
 """
 
 from __future__ import annotations
@@ -58,7 +64,7 @@ class Composed(VerticalMethod):
         self.weights = self.estimator.weights
 
 
-@method("vertical", "vfb2", paper="arXiv:2103.00958", summary="backward updating: label holders send theta to the others")
+@method("vertical", "vfb2", paper="2103.00958", summary="backward updating: label holders send theta to the others")
 class VFB2(Composed):
     """The default for real parties: one label holder, every block learns."""
 

@@ -1,8 +1,14 @@
 """Controls of a search that never learn: the middle of every range, and a random search over whole trainings.
 
-``fixed`` is h = c in every round. ``random`` spends one run's communication on ``trials`` trainings of equally many rounds (one more
-or less where they do not divide), each from the initial model with its own h, drawn uniformly from the ranges; the training whose
-clients reported the least validation loss in their last round is the one that is served. Its total traffic is that of one searched run.
+    fixed:    h = c in every round, c the middle of every range
+    random:   h = c + s u,  u ~ U[-1/2, 1/2]^D,  s the width of every range; u drawn once for each training
+
+``random`` spends one run's communication on ``trials`` trainings of equally many rounds (one more or less where they do not
+divide), each from the initial model with its own h, drawn uniformly from the ranges; the training whose clients reported the
+least validation loss in their last round is the one that is served. Its total traffic is that of one searched run. On a logarithmic
+scale c and s are those of the logarithm.
+
+Limits: ``fixed`` is the wrapped method with those values, bit for bit; trials 1 is one training with one drawn h.
 """
 
 from __future__ import annotations

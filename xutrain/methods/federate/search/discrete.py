@@ -1,13 +1,15 @@
 """DS: discrete search, over the whole product grid or coordinate by coordinate.
 
 Joint (the form of Mostafa, arXiv 1912.13075; the public programs name it and do not have it): grid points g_i in normalised
-space, P(i) proportional to exp(-1/2 (g_i - mu)' Lambda (g_i - mu)) with Lambda = I / init_std^2, mu learnt,
+space, Lambda = I / init_std^2, mu learnt. Factorised (ours): an independent categorical law per coordinate, logits l learnt.
 
-    grad_mu log P(i) = Lambda (g_i - E g).                                                                    (1)
+    joint:        P(i) proportional to exp(-1/2 (g_i - mu)' Lambda (g_i - mu));   grad_mu log P(i) = Lambda (g_i - E g)   (1)
+    factorised:   p = softmax(l) in each coordinate;   grad_l log P = onehot - p                                         (2)
 
-Exact up to 1e6 cells; a recipe with more is refused, as the grid of K = 8 aggregation weights with ten values each has
-1e8 cells by itself. Factorised (ours): an independent categorical law per coordinate with its own logits, score
-onehot - p (2), which grows linearly and need not be bell-shaped.
+The joint law is exact up to 1e6 cells; a recipe with more is refused, as the grid of K = 8 aggregation weights with ten values
+each has 1e8 cells by itself. The factorised one grows linearly and need not be bell-shaped.
+
+Limits: lr 0 never learns; the factorised law starts uniform, the joint one as a bell around the middle of all ranges.
 """
 
 from __future__ import annotations

@@ -1,14 +1,18 @@
-"""CS: continuous search with a Gaussian, u ~ N(mu, (A A')^-1), of which mu is learnt and A may be.
+"""CS: continuous search with a Gaussian, u ~ N(mu, (A A')^-1), of which mu is learnt and A may be; and ``frozen``, which never learns.
 
 With z = u - mu and Lambda = A A' (arXiv 2203.06338 and its public code; gradients in closed form):
 
-    grad_mu log P = Lambda z                                                                                  (1)
-    grad_A  log P = (Lambda^-1 - z z') A                                                                      (2)
+    gaussian:   grad_mu log P = Lambda z                                                                      (1)
+                grad_A  log P = (Lambda^-1 - z z') A                                                          (2)
+    frozen:     u ~ N(0, init_std^2 I) in every round
 
-mu starts at 0, the middle of all ranges, and is clamped to [-1/2, 1/2]. Initial spread: the code passes sqrt(85) I as precision,
-so its samples have 85^(-1/4) = 0.329; read as A it would be 85^(-1/2) = 0.108, our default. ``cov``: fixed A; ``diag``, a
-log-deviation per coordinate; ``chol``, lower-triangular A with a softplus diagonal. ``natural_gradient`` replaces Adam by
-mu <- mu + eta sum (r - r~) z / n, so that coordinates without influence stay put (ours; Wierstra et al., JMLR 2014).
+mu starts at 0, the middle of all ranges, and is clamped to [-1/2, 1/2]; it ascends sum (r - r~) grad log P (``reinforce.py``).
+Initial spread: the code passes sqrt(85) I as precision, so its samples have 85^(-1/4) = 0.329; read as A it would be
+85^(-1/2) = 0.108, our default. ``cov``: fixed A; ``diag``, a log-deviation per coordinate; ``chol``, lower-triangular A with a
+softplus diagonal. ``natural_gradient`` replaces Adam by mu <- mu + eta sum (r - r~) z / n, so that coordinates without influence
+stay put (ours; Wierstra et al., JMLR 2014).
+
+Limits: Adam's lr 0 with ``cov: fixed`` is ``frozen``; with init_std 0 besides it is ``fixed``, the middle of all ranges.
 """
 
 from __future__ import annotations

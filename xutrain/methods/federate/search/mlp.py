@@ -2,12 +2,14 @@
 
     (d_mu, d_A) = tanh(MLP(mu_{q-1}, vec A_{q-1})) / 100                                                      (1)
     mu_q = clamp(mu_{q-1} + d_mu),   A_q = A_{q-1} + d_A,   u_q ~ N(mu_q, (A_q A_q')^-1)                        (2)
+    theta ascends sum (r_t - r~) log P(u_t)
 
 Linear D + D^2 -> 256, ReLU, 256 -> 256, ReLU, 256 -> D + D^2; mu_0 = 1e-7, A_0 = I / init_std + 1e-7. One round moves a coordinate
 by 0.01 at most. The public code keeps mu_q attached to all earlier graphs, which no current torch runs. Sound form (ours): the
-inputs (mu_{t-1}, A_{t-1}) of a sample are remembered; an update runs the present network on them and ascends
-sum (r_t - r~) log P(u_t). No graph survives a round. With the public agent lr of 0.01 the means saturate at the clamp;
-1e-3 and a last layer of zeros, our defaults, learn.
+inputs (mu_{t-1}, A_{t-1}) of a sample are remembered; an update runs the present network on them. No graph survives a round. With
+the public agent lr of 0.01 the means saturate at the clamp; 1e-3 and a last layer of zeros, our defaults, learn.
+
+Limits: a last layer of zeros moves nothing, so with lr 0 it is ``frozen`` up to the 1e-7 of the start.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class Searched(FederatedMethod):
             held["origin"] = clone(inner_part(server))
         elif self.trials > 1 and self.since(round.index) == round.index:
             put_back(server, held["origin"])
-            held.update(waiting=[], loss=None, losses=[], safe={}, undo=[])
+            held.update(waiting=[], loss=None, losses=[], safe={}, undo=[], in_row=0)
         base = self.inner.configure(server, round)
         if self.ahead:
             return base
@@ -300,8 +300,10 @@ class Searched(FederatedMethod):
     def _lost(self, server: State, round: Round, safe: State, start: int, loss: float) -> None:
         """Reward -1 for the newest sample, and back to the state ``safe`` from before round ``start``, at the clients too."""
         held = server["search"]
-        if not safe or held["in_row"] >= PATIENCE:
-            what = "the validation loss of the initial model is not finite" if not safe else f"{PATIENCE} rounds in a row were not finite"
+        bad_training_loses = self.trials > 1 and held["lost"] + 1 < self.federation.rounds
+        if not safe or (held["in_row"] >= PATIENCE and not bad_training_loses):
+            rounds = f"{held['in_row'] + 1} rounds in a row were not finite" if self.trials == 1 else "no round of any training was finite"
+            what = rounds if safe else "the validation loss of the initial model is not finite"
             hint = "narrow search.space (lower learning rates), or set train.clip_norm"
             raise Diverged(Issue(f"round {round.index}", what, loss, hint))
         if held["waiting"]:
