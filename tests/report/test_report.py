@@ -12,7 +12,7 @@ import pytest
 
 from xutrain.cli.app import run
 from xutrain.engine.record import read_json, write_json
-from xutrain.errors import Failed, UsageError
+from xutrain.errors import Failed, UsageError, XutrainError
 from xutrain.report import build, claims, overview, page, published
 from xutrain.report.suite import open_table
 
@@ -136,6 +136,9 @@ def test_a_claim_on_a_diverged_run(fill: Any, runs: Path, monkeypatch: pytest.Mo
     verdicts = {c["id"]: c["verdict"] for c in part["claims"]}
     assert verdicts["paper.order"] == "pass" and verdicts["paper.wrong"] == "fail"
     assert _cell(part, "orq3")["verdict"] == "diverged"
+    why = {c["id"]: c["parts"][0]["why"] for c in part["claims"]}
+    assert why["paper.order"] == why["paper.wrong"] == "orq3 diverged in 2 of 2 seeds" and why["paper.bits"] == ""
+    assert "orq3 diverged in 2 of 2 seeds" in page.html(overview.report("t", [part]))
 
 
 @pytest.mark.parametrize("victim", ["metrics.jsonl", "state.json", "recipe.yaml"])
@@ -154,6 +157,27 @@ def test_a_number_put_in_by_hand_is_refused_by_name(fill: Any, runs: Path, victi
     with pytest.raises(Failed) as caught:
         build.section(table, runs)
     assert caught.value.issues[0].where == str(path) and "--fresh" in str(caught.value)
+
+
+def test_a_plot_over_the_columns(fill: Any, runs: Path, suite_file: Path) -> None:
+    one = "  digits: {label: digits, set: {train.steps: 3}}"
+    two = "  digits: {label: digits, at: 3, set: {train.steps: 3}}\n  more: {label: more, at: 1, metric: test_loss, set: {train.steps: 4}}"
+    text = suite_file.read_text().replace(one, two)
+    plot = "plots:\n  - {y: test_accuracy, x: number of steps, kind: columns, log_x: true}\n"
+    suite_file.write_text(text.replace("plots:\n", plot), encoding="utf-8")
+    part = build.section(fill(VALUES), runs)
+    panel = part["plots"][0]
+    assert (panel["kind"], panel["x"], panel["title"]) == ("columns", "number of steps", "test accuracy against number of steps")
+    full = panel["series"][0]
+    assert full["label"] == "full" and full["n"] == 2 and [p["x"] for p in full["points"]] == [1.0, 3.0]
+    assert [p["mean"] for p in full["points"]] == pytest.approx([0.09, 0.91]), "the column's own metric where it has one"
+    assert page.html(overview.report("t", [part])).count("<svg") == len(part["plots"])
+    suite_file.write_text(text.replace("plots:\n", plot).replace("at: 1, ", ""), encoding="utf-8")
+    with pytest.raises(XutrainError, match="needs two columns that say where they stand"):
+        open_table(str(suite_file))
+    suite_file.write_text(text.replace("plots:\n", plot).replace("at: 1, ", "at: 0, "), encoding="utf-8")
+    with pytest.raises(XutrainError, match="cannot be logarithmic"):
+        open_table(str(suite_file))
 
 
 def test_several_suites_open_with_one_line_each(
@@ -175,7 +199,7 @@ def test_several_suites_open_with_one_line_each(
     assert (second["cells"], second["done"], second["claims"], second["faults"]) == (2, 1, 0, 1)
     assert value["count"]["cells"] == 4 and value["count"]["done"] == 3 and value["count"]["required_held"] == 2
     lines = (folder / "report.md").read_text().splitlines()
-    assert "| Mine | 2 of 2 | 2 match | 2 of 3 | – |" in lines and "| Other | 1 of 2 | 1 missing | – | – |" in lines
+    assert "| Mine | 2 of 2 | 2 match | 2 of 3 | – |" in lines and "| Other | 1 of 2 | not known | – | – |" in lines
     html = (folder / "report.html").read_text()
     assert '<a href="#mine">Mine</a>' in html and 'id="mine"' in html and '<a href="#other">Other</a>' in html and 'id="other"' in html
 

@@ -208,6 +208,9 @@ def _verdict(cell: dict[str, Any], cells: list[dict[str, Any]], table: Table) ->
     if table.smoke:
         return "smoke only", "a smoke run says that it works, not how well"
     if cell["n"] < 2:
+        lost = sum(run["status"] == "diverged" for run in cell["runs"])
+        if lost > 1:
+            return "diverged", f"{lost} of {len(cell['runs'])} seeds diverged"
         return "one seed", "no verdict from a single seed"
     if said is None:
         return "", "the paper's number is not known"
@@ -265,7 +268,9 @@ def _known(claim: published.Claim, table: Table, paper: published.Paper, key: st
 
 
 def _plots(plot: Plot, table: Table, found: dict[tuple[str, str], list[Run]], rows: list[str], columns: list[str]) -> list[dict[str, Any]]:
-    """One panel a column; panels without a point are left out."""
+    """One panel a column, or one of all columns; panels without a point are left out."""
+    if plot.kind == "columns":
+        return _over_columns(plot, table, found, rows, columns)
     draw: Callable[[Plot, list[Run]], list[dict[str, float | None]]] = _curve if plot.kind == "curve" else _point
     panels = []
     for column in plot.columns or columns:
@@ -282,6 +287,29 @@ def _plots(plot: Plot, table: Table, found: dict[tuple[str, str], list[Run]], ro
             panels.append({"y": plot.y, "x": plot.x, "kind": plot.kind, "log_x": plot.log_x, "log_y": plot.log_y, "column": column,
                            "title": f"{title}: {label or column}" if several else title, "series": series})  # fmt: skip
     return panels
+
+
+def _over_columns(
+    plot: Plot, table: Table, found: dict[tuple[str, str], list[Run]], rows: list[str], columns: list[str]
+) -> list[dict[str, Any]]:
+    """One line a row through the columns that say where they stand, each with its own metric where the plot has the suite's."""
+    suite, series = table.suite, []
+    placed = sorted((at, c) for c in plot.columns or columns if (at := suite.columns[c].at) is not None)
+    for row in rows:
+        points, seeds = [], 0
+        for at, column in placed:
+            name = suite.metric_of(column) if plot.y == suite.metric else plot.y
+            done = [r for r in found.get((row, column), []) if r.status == "done"]
+            values = [v for r in done if (v := claims.value(r, name)) is not None]
+            if values:
+                spread = _spread(values)
+                points.append({"x": at, "mean": spread["mean"], "std": spread["std"]})
+                seeds = max(seeds, len(values))
+        if points:
+            series.append({"row": row, "label": suite.rows[row].label or row, "n": seeds, "points": points})
+    title = plot.title or f"{plot.y.replace('_', ' ')} against {plot.x}"
+    panel = {"y": plot.y, "x": plot.x, "kind": plot.kind, "log_x": plot.log_x, "log_y": plot.log_y, "column": "", "title": title}
+    return [{**panel, "series": series}] if series else []
 
 
 def _curve(plot: Plot, done: list[Run]) -> list[dict[str, float | None]]:

@@ -74,7 +74,7 @@ def _part(claim: Claim, column: str, cells: dict[tuple[str, str], CellRuns], sui
     left = cells.get((claim.left.row, column))
     other = claim.right if isinstance(claim.right, Side) else None
     right = cells.get((other.row, other.column or column)) if other else None
-    part: dict[str, Any] = {"column": column, "left": None, "right": None, "difference": None, "standard_error": None, "n": 0}
+    part: dict[str, Any] = {"column": column, "left": None, "right": None, "difference": None, "standard_error": None, "n": 0, "why": ""}
     if left is None or (other is not None and right is None):
         return {**part, "verdict": "absent"}
     ours = _values(left, claim.left, suite.metric_of(column))
@@ -86,7 +86,7 @@ def _part(claim: Claim, column: str, cells: dict[tuple[str, str], CellRuns], sui
     if other is not None and right is not None and claim.left.metric is None and other.metric is None:
         gone = _diverged(claim, left, right, suite.better)
         if gone == "fail" or (gone == "pass" and len(seeds) < 2):
-            return {**part, "verdict": gone, "n": len(left)}
+            return {**part, "verdict": gone, "n": len(left), "why": _who_diverged({claim.left.row: left, other.row: right})}
     if not seeds:
         return {**part, "verdict": "missing"}
     gaps = [ours[s] - theirs[s] for s in seeds]
@@ -110,6 +110,11 @@ def _diverged(claim: Claim, left: CellRuns, right: CellRuns, better: str) -> str
     ahead, behind = (left, right) if (claim.op.startswith(">")) == (better == "higher") else (right, left)
     lost = [sum(run.status == "diverged" for run in side.values()) for side in (ahead, behind)]
     return "fail" if lost[0] > lost[1] else "pass" if lost[1] > 1 and not lost[0] and len(ahead) > 1 else ""
+
+
+def _who_diverged(sides: dict[str, CellRuns]) -> str:
+    lost = {row: sum(run.status == "diverged" for run in runs.values()) for row, runs in sides.items()}
+    return ", ".join(f"{row} diverged in {lost[row]} of {len(runs)} seeds" for row, runs in sides.items() if lost[row])
 
 
 def _values(runs: CellRuns, side: Side, default_metric: str) -> dict[int, float]:

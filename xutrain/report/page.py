@@ -72,6 +72,8 @@ def verdict(text: str) -> str:
     return f"{MARKS[text]} {text}" if text in MARKS else text or "–"
 
 
+#: verdicts that compare with the paper
+BESIDE = ("match", "off", "ordering holds", "ordering fails", "smoke only")
 #: heads of the table of all suites, after its first column
 OVERVIEW = ("cells finished", "beside the paper", "claims that must hold", "other claims")
 
@@ -79,7 +81,8 @@ OVERVIEW = ("cells finished", "beside the paper", "claims that must hold", "othe
 def overview(known: dict[str, Any]) -> list[str]:
     """A suite's line under those heads: ``34 of 36, 2 diverged``, ``12 ordering holds``, ``5 of 5``, ``1 of 2``."""
     finished = f"{known['done']} of {known['cells']}" + (f", {known['diverged']} diverged" if known["diverged"] else "")
-    verdicts = ", ".join(f"{n} {text}" for text, n in sorted(known["verdicts"].items())) or "not known"
+    beside = {text: n for text, n in known["verdicts"].items() if text in BESIDE}
+    verdicts = ", ".join(f"{n} {text}" for text, n in sorted(beside.items())) or "not known"
     others, held = known["claims"] - known["required"], known["held"] - known["required_held"]
     return [finished, verdicts, *(f"{a} of {b}" if b else "–" for a, b in ((known["required_held"], known["required"]), (held, others)))]
 
@@ -102,9 +105,9 @@ def write(report: dict[str, Any], out: Path, formats: list[str]) -> dict[str, st
     if "md" in formats:
         for a, part in enumerate(report["suites"]):
             for b, panel in enumerate(part["plots"]):
-                name = f"{part['suite']}-{panel['y']}-{panel['x']}" + (
-                    f"-{panel['column']}" if len({p["column"] for p in part["plots"]}) > 1 else ""
-                )
+                several = len({p["column"] for p in part["plots"]}) > 1 and panel["column"]
+                name = f"{part['suite']}-{panel['y']}-{panel['x']}" + (f"-{panel['column']}" if several else "")
+                name = re.sub(r"[^\w.-]+", "-", name)
                 taken = f"{name}-{b}" if f"{name}.png" in pictures.values() else name
                 plots.png(panel, out / f"{taken}.png")
                 pictures[a, b] = f"{taken}.png"

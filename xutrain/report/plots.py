@@ -13,6 +13,7 @@ _INK, _GRID = "#010203", "#040506"
 COLOURS = ("#3a86c8", "#e07b1a", "#2a9d63", "#d1495b", "#8e6cc0", "#a3703f", "#1aa3b5", "#d46aa8", "#7f8a94", "#9a9a1f")
 _DASHES = ("-", "--", "-.", ":")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+_BITS = ("bits", "bits_up", "bits_down")
 WORDS = {"bits": "bits sent, all participants", "bits_up": "bits sent, all participants", "time": "seconds of one run"}
 
 
@@ -62,7 +63,7 @@ def _render(panel: dict[str, Any], kind: str, *, ink: str, grid: str, salt: str)
     }
     with matplotlib.rc_context(style):
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
         rows = -(-len(panel["series"]) // 3)
         figure = Figure(figsize=(6.4, 3.7 + 0.22 * rows), layout="constrained")
@@ -77,6 +78,12 @@ def _render(panel: dict[str, Any], kind: str, *, ink: str, grid: str, salt: str)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins="auto", steps=[1, 2, 5, 10]))
         if panel["log_y"]:
             axes.set_yscale("log")
+        if panel["x"] in _BITS and not panel["log_x"]:
+            axes.xaxis.set_major_formatter(EngFormatter(unit="bit"))
+        if panel["kind"] == "columns" and panel["log_x"]:  # the numbers themselves
+            places = sorted({p["x"] for s in panel["series"] for p in s["points"]})
+            axes.set_xticks(places, [f"{at:g}" for at in places])
+            axes.xaxis.set_minor_locator(NullLocator())
         if kind == "png":
             axes.set_title(panel["title"], fontsize=11, loc="left")
         figure.legend(loc="outside lower center", ncols=min(3, len(panel["series"])), frameon=False, fontsize=9, labelcolor=ink)
@@ -90,18 +97,24 @@ def _series(axes: Any, panel: dict[str, Any], series: dict[str, Any], index: int
     points = series["points"]
     x, y = [p["x"] for p in points], [p["mean"] for p in points]
     std = [p["std"] or 0.0 for p in points]
-    if panel["kind"] == "points":
+    mark, dash = _MARKS[index % len(_MARKS)], _DASHES[index // len(COLOURS) % len(_DASHES)]
+    if panel["kind"] != "curve":
+        line = mark if panel["kind"] == "points" else mark + dash
         bars = std if any(std) else None
-        axes.errorbar(x, y, yerr=bars, fmt=_MARKS[index % len(_MARKS)], color=colour, capsize=3, markersize=7, label=series["label"])
+        axes.errorbar(x, y, yerr=bars, fmt=line, color=colour, linewidth=1.6, capsize=3, markersize=6, label=series["label"])
         return
-    dash = _DASHES[index // len(COLOURS) % len(_DASHES)]
     axes.plot(x, y, dash, color=colour, linewidth=1.6, label=series["label"])
-    axes.plot(x[-1:], y[-1:], _MARKS[index % len(_MARKS)], color=colour, markersize=6)
+    axes.plot(x[-1:], y[-1:], mark, color=colour, markersize=6)
     if any(std):
         low = [m - s for m, s in zip(y, std, strict=True)]
         high = [m + s for m, s in zip(y, std, strict=True)]
         floor = min((v for v in y if v > 0), default=1.0) / 10
-        axes.fill_between(x, [max(v, floor) for v in low] if panel["log_y"] else low, high, color=colour, alpha=0.16, linewidth=0)
+        axes.fill_between(x, [max(v, floor) for v in low] if panel["log_y"] else low, high, color=colour, alpha=_band(panel), linewidth=0)
+
+
+def _band(panel: dict[str, Any]) -> float:
+    """How dark a band is: where many lie upon each other the curves must still be seen."""
+    return 0.16 if len(panel["series"]) <= 5 else 0.07
 
 
 def _label(name: str) -> str:

@@ -29,17 +29,20 @@ class Line(Options):
     note: str = Field("", description="a remark, shown where a reader points at the label")
     may_diverge: bool = Field(False, description="divergence is a possible outcome and no fault")
     metric: str | None = Field(None, description="of a column: the number that its cells are about, where it is not the suite's")
+    at: float | None = Field(None, description="of a column: where it stands on the horizontal axis of plots of kind columns")
 
 
 class Plot(Options):
     """One picture: a metric against what it cost."""
 
-    y: str = Field(description="a metric that runs log, or a final metric for points")
-    x: str = Field("bits", description="curve: bits, step, epoch, round or time; points: bits or a final metric")
-    kind: Literal["curve", "points"] = "curve"
+    y: str = Field(description="a metric that runs log; for points and columns a final metric")
+    x: str = Field(
+        "bits", description="curve: bits, step, epoch, round or time; points: bits or a final metric; columns: the axis in words"
+    )
+    kind: Literal["curve", "points", "columns"] = Field("curve", description="columns: one line a row, over the columns' `at`")
     log_x: bool = Field(False, description="logarithmic horizontal axis")
     log_y: bool = Field(False, description="logarithmic vertical axis")
-    columns: list[str] | None = Field(None, description="columns drawn, one panel each; null: all")
+    columns: list[str] | None = Field(None, description="columns drawn, one panel each (kind columns: all in one); null: all")
     title: str = ""
 
 
@@ -242,6 +245,12 @@ def _problems(suite: Suite, path: str, seeds: list[int] | None) -> list[Issue]:
             for c in plot.columns or []
             if c not in suite.columns
         ]
+        chosen = [suite.columns[c].at for c in plot.columns or suite.columns if c in suite.columns]
+        if plot.kind == "columns" and sum(at is not None for at in chosen) < 2:
+            hint = "give columns a number, such as `at: 0.5`"
+            found.append(Issue(f"{path}: plots.{number}", "needs two columns that say where they stand", plot.x, hint))
+        elif plot.kind == "columns" and plot.log_x and any(at is not None and at <= 0 for at in chosen):
+            found.append(Issue(f"{path}: plots.{number}.log_x", "an axis with a number that is not positive cannot be logarithmic", True))
     return found
 
 
