@@ -78,8 +78,12 @@ class CompressedHook:
         now = 1.0 if coeff == "adaptive" else coeff
         if isinstance(now, str) or not 0 <= now <= 1:
             raise UsageError(Issue("coeff", "must be in [0, 1], or adaptive", coeff))
+        if now and not error_feedback:
+            raise UsageError(Issue("coeff", "is a part of the residual, which there is only with error feedback", coeff, "coeff=0"))
         if not 0 <= momentum < 1:
             raise UsageError(Issue("momentum", "must be in [0, 1)", momentum))
+        if momentum and optimizer is not None and any(group.get("momentum") for group in optimizer.param_groups):
+            raise UsageError(Issue("momentum", "the optimizer has a momentum of its own", momentum, "give one of them, the other 0"))
         if error_feedback and codec.expands:
             raise UsageError(
                 Issue("codec", f"{codec.label} makes residuals grow under error feedback", codec.options.name, "error_feedback=False")
@@ -123,7 +127,7 @@ class CompressedHook:
         if not self._kept:
             self._kept = [torch.empty_like(v) for v in values]
         torch._foreach_copy_(self._kept, values)
-        held = [(v, self.error[n].view_as(v)) for (n, _), v in zip(parameters, values, strict=True) if n in self.error]
+        held = [(v, _shaped(self.error[n], v)) for (n, _), v in zip(parameters, values, strict=True) if n in self.error]
         torch._foreach_add_([v for v, _ in held], [e for _, e in held], alpha=-self.coeff)
         try:
             yield
@@ -150,7 +154,7 @@ class CompressedHook:
         self.error = {n: e.clone() for n, e in state["error"].items()}
         self.velocity = {n: v.clone() for n, v in state["velocity"].items()}
         self.codec.load_state(state["codec"])
-        self._buckets = {}
+        self._buckets, self._seen = {}, {}
 
     @staticmethod
     def mean_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -169,17 +173,26 @@ class CompressedHook:
         return future if self.overlap else collectives.finished(future.wait())
 
     def _start(self, given: Any) -> Any:
-        rank, count = collectives.world()
-        bucket, buffer = self._bucket(given), given.buffer()
+        bucket = self._bucket(given)
         lr = float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else 1.0
-        message = bucket.message(buffer, lr if self.error_feedback else 1.0, self.momentum)
         scale = lr if self.error_feedback else 1.0
+        message = bucket.message(given.buffer(), scale, self.momentum)
+        if scale:
+            return self._send(given, bucket.codec, message, scale)
+        owed = message.clone()
+        future = self._send(given, bucket.codec, message, scale)
+        message.copy_(owed)  # the parameters do not move at rate 0, so what was sent is still owed
+        return future
+
+    def _send(self, given: Any, codec: Codec, message: Tensor, scale: float) -> Any:
+        """Start to send ``message``, which becomes its residual; a future of the mean divided by ``scale`` (0: zero), in the buffer."""
+        rank, count = collectives.world()
+        buffer, length, feed = given.buffer(), message.numel(), self.error_feedback
         key = Key(self.seed, "hook", self.step)
-        cut = self._cut(bucket.codec, buffer.numel(), count)
-        self.bits += 0 if cut else bucket.codec.payload_bits(buffer.numel()) + 32 * self.adaptive
+        cut = self._cut(codec, length, count)
+        self.bits += 0 if cut else codec.payload_bits(length) + 32 * self.adaptive
         if given.is_last():
             self.step += 1
-        codec, length, feed = bucket.codec, buffer.numel(), self.error_feedback
 
         def hand_over(mean: Tensor) -> Tensor:
             return buffer.copy_(mean.div_(scale)) if scale else buffer.zero_()
@@ -228,6 +241,8 @@ class CompressedHook:
         return future.then(decode)
 
     def _cut(self, codec: Codec, length: int, count: int) -> bool:
+        if codec.dense:
+            return False
         if self.mode == "auto":
             return choose(codec, length, count, self.link, again=not self.error_feedback)[0] == "alltoall"
         return self.mode == "alltoall"
@@ -331,3 +346,9 @@ def _join(parts: dict[str, Tensor], layout: Sequence[Slice], device: torch.devic
             view.copy_(parts[part.name])
         parts[part.name] = view
     return flat
+
+
+def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+    """``flat`` in the shape of ``like``. DDP lays a dense parameter (channels last, say) into its bucket as it lies in memory."""
+    dense = 1 + sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True)) == like.numel()
+    return flat.as_strided(like.shape, like.stride()) if dense else flat.view(like.shape)

@@ -43,6 +43,15 @@ def test_cifar10_from_parquet_in_another_order(tmp_path: Path) -> None:
     assert not same(shuffled, arrays) and same(store.restore_order(shuffled, pins(arrays)), arrays)
 
 
+def test_pictures_of_another_size_are_named() -> None:
+    """64x64 pixels are a multiple of 32x32, and still no CIFAR."""
+    picture = np.arange(32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
+    assert np.array_equal(cifar_files._stacked("x", [picture])[0], picture.transpose(2, 0, 1))
+    assert cifar_files._stacked("x", []).shape == (0, 3, 32, 32)
+    with pytest.raises(DataError, match=r"x\.parquet: damaged .* image of 64x64 pixels"):
+        cifar_files._stacked("x.parquet", [picture, np.zeros((64, 64, 3), np.uint8)])
+
+
 def pins(arrays: tiny_sets.Arrays, rows: int = 4) -> dict[str, Pin]:
     made = {k: Pin(dtype="uint8", shape=list(v.shape), sha256=store.checksum(v)) for k, v in arrays.items()}
     blocks = [store.checksum(arrays["train_images"][i : i + rows]) for i in range(0, 5 * rows, rows)]

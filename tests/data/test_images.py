@@ -108,3 +108,9 @@ def test_synthetic_twin_is_labelled_seeded_and_learnable() -> None:
     means = torch.stack([train.images[train.labels == c].float().mean(0) for c in range(5)])
     nearest = (test.images.float()[:, None] - means).flatten(2).norm(dim=2).argmin(1)
     assert (nearest == test.labels).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("bad", ["val_fraction", "test_fraction"])
+def test_a_split_that_leaves_no_training_sample_is_refused(bad: str) -> None:
+    with pytest.raises(RecipeError, match=rf"data.{bad}: leaves no training sample"):
+        Digits.build(Digits.Options(**{bad: 0.9999}), 0)

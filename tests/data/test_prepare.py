@@ -19,6 +19,7 @@ import pytest
 import tiny_sets
 import torch
 import yaml
+from PIL import Image
 
 from xutrain import registry
 from xutrain.data import prepare as preparing
@@ -139,12 +140,13 @@ class _Files(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         data = (Path(self.directory) / self.path.lstrip("/")).read_bytes()
+        torn = len(data) // 2 if self.path.startswith("/torn") and not self.sent else 0
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         self.sent.append((self.path, start))
-        self.wfile.write(data[start:])
+        self.wfile.write(data[start : torn or None])
 
     def log_message(self, *args: object) -> None:
         pass
@@ -176,6 +178,22 @@ def test_official_archive_is_checked_and_a_partial_download_continues(
     assert prepare("cifar10", say=said.append)["source"] == "the official files"
     assert sent == [("/cifar.tar.gz", 1000)] and any("continuing" in text for text in said)
     assert not (data_folder / ".downloads" / "cifar10").exists()
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_connection_that_ends_early_loses_nothing(
+    manifest: dict[str, Any], folder: Path, data_folder: Path, server: tuple[str, Path, list[tuple[str, int]]], pinned: bool
+) -> None:
+    url, place, sent = server
+    archive = tiny_sets.tarball(place / "torn.tar.gz", folder)
+    data = archive.read_bytes()
+    md5 = hashlib.md5(data).hexdigest() if pinned else ""
+    manifest["cifar10"]["sources"] = [{"urls": [{"url": f"{url}/torn.tar.gz", "md5": md5}]}]
+    save(manifest)
+    with pytest.raises(DataError, match="the connection ended early; the part that came is kept"):
+        prepare("cifar10")
+    assert prepare("cifar10")["status"] == "ready"
+    assert sent == [("/torn.tar.gz", 0), ("/torn.tar.gz", len(data) // 2)]
 
 
 def test_sources_are_tried_in_turn_and_all_reasons_are_given(
@@ -230,6 +248,8 @@ def test_photographs_are_read_where_they_lie(tmp_path: Path, data_folder: Path) 
     shade = ((60 * 2 + 20) / 255 - 0.485) / 0.229
     assert torch.allclose(batch.inputs[1, 0], torch.tensor(shade), atol=0.05)
     assert sum(len(b) for b in task.batches("test", 4)) == 6
+    Image.fromarray(np.arange(40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)).save(photos / "train" / "n0000" / "0.JPEG", "PNG")
+    assert torch.equal(task.plain(rows).inputs, torch.cat([b.inputs for b in task.batches("train")])[rows])  # not augmented
     (photos / "train" / "n0000" / "0.JPEG").write_bytes(b"\xff\xd8 nothing")
     with pytest.raises(DataError, match=r"n0000/0\.JPEG: cannot be decoded"):
         task.batch(rows, key(0, "a"))

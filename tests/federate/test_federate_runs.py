@@ -247,3 +247,16 @@ def test_bad_input_is_named_before_the_first_round(tmp_path: Path, changes: dict
 def test_divergence_names_client_and_round(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"round \d+, client \d"):
         train(str(tmp_path), "fedavg", {"train.lr": 1e3, "train.weight_decay": 1e3, "train.rounds": 9})
+
+
+def test_a_client_with_statistics_of_its_own_begins_with_the_initial_ones() -> None:
+    """Whoever joins late under ``train.buffers: local`` has seen nothing of what the others measured."""
+    from xutrain.methods.federate.base import Round
+
+    more = {"model": "{name: resnet_cifar, depth: 8, width: 4}", "train.buffers": "local", "clients.fraction": 0.5}
+    late, first = (federated.build(recipe("fedavg", **more), Context()) for _ in range(2))
+    federated.play(late, Round(0, 1e-20, (0, 1), (3, 3), (0.5, 0.5)))
+    for job in (late, first):
+        federated.play(job, Round(1, 1e-20, (2,), (3,), (1.0,)))
+    ours, theirs = late.kept[2].buffers, first.kept[2].buffers
+    assert ours is not None and theirs is not None and torch.equal(ours, theirs)

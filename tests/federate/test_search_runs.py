@@ -408,3 +408,78 @@ def test_12_the_partition_of_the_public_code() -> None:
     assert len(rows) == len(set(rows.tolist())) == 1437 and min(len(p.train) for p in first) >= 10
     assert all(torch.equal(a.train, b.train) for a, b in zip(first, second, strict=True))
     assert any(not torch.equal(a.train, b.train) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("method", ["fedper", "fedrep"])
+def test_a_client_that_keeps_layers_reports_the_loss_of_the_model_that_it_uses(tmp_path: Path, method: str) -> None:
+    from xutrain.loops.clients import ClientData
+
+    value = plain(method, **changes(space=f"{{lr: {LR}}}"))
+    job = federated.build(value, Context())
+    setting = job.method.configure(job.server, federated.plan_round(value, job, 0))
+    state = {"own": torch.randn(job.replica.numel, generator=torch.Generator().manual_seed(0))}
+    wanted = job.method.served(job.server, state)
+    problem = ClientData(job.bench, 1, job.parts[1], 0)
+    reply = job.method.step(state, job.method.plan(job.server, setting, 1, 0).copy(), problem)
+    assert reply.numbers == {"val_loss": pytest.approx(problem.evaluate(wanted)["loss"])}
+    lines = train(str(tmp_path), method, changes(space=f"{{lr: {LR}}}"))["lines"]
+    assert len([x for x in lines if x["name"] == "search_loss"]) == HELD["train.rounds"]
+
+
+def test_a_searched_rate_is_the_rate_of_l2gds_pull() -> None:
+    """c = eta (1 - q) strength / q with the drawn eta, at most 1; q = 1/(P + 1) makes it eta P strength."""
+    for strength in (1.0, 4.0):
+        value = plain("l2gd", **changes("frozen", f"{{lr: {LR}}}", **{"method.strength": strength}))
+        job = federated.build(value, Context())
+        base = federated.plan_round(value, job, 0)
+        setting = job.method.configure(job.server, base)
+        pull = job.method.plan(job.server, setting, 0, 0).knobs["pull"]
+        assert setting.lr != base.lr and pull == pytest.approx(min(1.0, setting.lr * base.steps[0] * strength))
+
+
+@pytest.mark.parametrize(
+    ("method", "space", "where"),
+    [
+        ("softpull", "{weights: {}}", "search.space.weights"),
+        ("prr_fl", "{weights: {}}", "search.space.weights"),
+        ("l2gd", "{weights: {}}", "search.space.weights"),
+        ("l2gd", "{local_work: {low: 2, high: 9}}", "search.space.local_work"),
+        ("fedavg_lm_z", "{local_momentum: {low: 0.5, high: 2.0, ceiling: 2.0}}", "search.space.local_momentum.ceiling"),
+        ("fedavg_lm_z", "{local_momentum: {low: 0.5, high: 0.9, floor: -1.0}}", "search.space.local_momentum.floor"),
+        ("fedavg", "{lr: {low: 0.01, high: 0.1, floor: -1.0}}", "search.space.lr.floor"),
+        ("fedavg", "{server_lr: {low: 0.5, high: 1.5, floor: 0.0}}", "search.space.server_lr.floor"),
+        ("fedsm", "{lr: {low: 0.01, high: 0.1}}", "search"),
+    ],
+)
+def test_what_a_method_cannot_use_or_bear_is_not_searched(method: str, space: str, where: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plain(method, **changes("frozen", space), **({"method.mode": "extra"} if method == "fedsm" else {}))
+    assert [issue.where for issue in caught.value.issues] == [where]
+
+
+def test_simplex_weights_are_recorded_with_their_own_deviation() -> None:
+    """Half the distance between the weights at mean + and - one deviation, of those who take part, with unequal p_k."""
+    more = {"clients.weights": "samples", "partition": "{name: dirichlet, alpha: 0.3}", "clients.steps": "own", "clients.fraction": 0.75}
+    value = plain("fedavg", **changes("frozen", "{weights: {form: simplex}}", **more))
+    job = federated.build(value, Context())
+    base, space = federated.plan_round(value, job, 0), job.method.space
+    mean, std = torch.zeros(4, dtype=torch.float64), torch.full((4,), 0.01, dtype=torch.float64)
+    found = space.spread(mean, std, base)
+    assert sorted(found) == [f"weight_{k}" for k in base.clients]
+    for i, k in enumerate(base.clients):
+        moved = mean.clone()
+        moved[k] = 0.01
+        ends = [space.setting(sign * moved, base).weights[i] for sign in (1, -1)]
+        assert found[f"weight_{k}"] == pytest.approx((ends[0] - ends[1]) / 2, rel=1e-3)
+
+
+def test_roll_outs_teach_along_the_natural_gradient_where_it_is_asked_for(tmp_path: Path) -> None:
+    more = {"search.rollouts": 3, "data.val_fraction": 0.1}
+    means = {}
+    for rate in (0.0, 1.0):
+        agent = f"{{name: gaussian, natural_gradient: true, natural_lr: {rate}}}"
+        lines = train(str(tmp_path / str(rate)), "fedavg", changes(agent, f"{{server_lr: {SLR}}}", **more))["lines"]
+        means[rate] = [x["value"] for x in lines if x["name"] == "policy_mean_server_lr"]
+    assert means[0.0] == [1.0] * 4 and means[1.0][-1] != 1.0
+    with pytest.raises(RecipeError, match=r"search\.agent\.cov"):
+        plain("fedavg", **changes("{name: gaussian, natural_gradient: true, cov: diag}"))

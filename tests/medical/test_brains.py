@@ -16,7 +16,7 @@ from xutrain.data import brains_files, store
 from xutrain.data import fetch as fetching
 from xutrain.data.prepare import prepare
 from xutrain.data.segmentation import SegmentationTask
-from xutrain.errors import DataError
+from xutrain.errors import DataError, RecipeError
 
 REAL_DATA = os.environ.get("XUTRAIN_DATA", "")
 
@@ -138,3 +138,10 @@ def test_packages_that_belong_together(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(fetching, "_client", fails)
     with pytest.raises(fetching.Unavailable):
         fetching.fetch(source, tmp_path, print, alternatives=False)
+
+
+@pytest.mark.parametrize(("options", "where"), [({"block": 1000}, "data.block"), ({"least": 0.99}, "data.least")])
+def test_too_few_slices_for_a_split_are_named(prepared: Path, options: dict[str, object], where: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        build(**options)
+    assert [issue.where for issue in caught.value.issues] == [where] and "mni152" in str(caught.value)

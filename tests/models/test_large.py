@@ -10,6 +10,8 @@ import torch
 from shaped_models import build, check_chain, count
 
 from xutrain.errors import RecipeError
+from xutrain.models.decoder import Decoder
+from xutrain.models.moe import Architecture
 
 
 def conv(a: int, b: int, k: int) -> int:
@@ -155,3 +157,18 @@ def test_dropout_is_a_function_of_the_global_generator() -> None:
 def test_impossible_options_name_the_key(name: str, shape: tuple[int, ...], options: dict[str, Any], match: str) -> None:
     with pytest.raises(RecipeError, match=match):
         build(name, shape, **options)
+
+
+def test_a_decoder_starts_from_its_generator_alone() -> None:
+    """Qwen's attention has biases, which are drawn from no global state."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "vocab_size": 32, "moe_intermediate_size": 8, "intermediate_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    config = {"model_type": "qwen2_moe", **sizes, **heads, "shared_expert_intermediate_size": 8, "rms_norm_eps": 1e-6}
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        made.append(Decoder(Architecture.of(config)))
+        made[-1].initialise(torch.Generator().manual_seed(3))
+    first, second = (m.state_dict() for m in made)
+    assert any(name.endswith(".bias") for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)

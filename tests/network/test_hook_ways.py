@@ -76,6 +76,11 @@ def test_all_to_all_is_the_exchange(ranks: int, forked: Callable[..., list[Any]]
         assert bits == 4 * each
 
 
+def test_numbers_that_are_added_are_counted_in_every_mode(forked: Callable[..., list[Any]]) -> None:
+    sent = [forked(train, 2, "fp", {}, 25.0, {"mode": mode, "error_feedback": False})[0][2] for mode in ("allgather", "alltoall")]
+    assert sent[0] == sent[1] == 4 * 32 * sum(p.numel() for p in model().parameters())
+
+
 @pytest.mark.parametrize("cap", [25.0, 0.001])
 @pytest.mark.parametrize(
     ("codec", "options", "how"),

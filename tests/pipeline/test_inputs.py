@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.pipeline.conftest import make, same, watch
+from xutrain import registry
 from xutrain.data.base import Batch
 from xutrain.engine.context import Context
-from xutrain.engine.partition import balanced, cut, layers_of
+from xutrain.engine.partition import balanced, cut, layer_seconds, layers_of
 from xutrain.engine.pipes import Message, Queue
 from xutrain.errors import Diverged, RecipeError, XutrainError
 from xutrain.loops import pipeline_job, pipelined
-from xutrain.methods.pipeline.base import Stage
+from xutrain.methods.pipeline.base import Stage, frozen_statistics
+from xutrain.methods.pipeline.dni import DNI
 from xutrain.recipe.delays import Delays, dsp
 from xutrain.recipe.pipeline import Split
 
@@ -73,7 +76,32 @@ def test_batches_too_small_for_a_method(tmp_path: Path, method: Any, words: dict
 
 
 def test_tied_weights_inside_one_stage_are_fine(tmp_path: Path) -> None:
-    watch(make("dsp", model__tied="true", split__cuts="[1,2]", train__steps=2), tmp_path)
+    recipe = make("dsp", model__tied="true", split__cuts="[1,2]", train__steps=2)
+    found = watch(recipe, tmp_path).job.state_dict()
+    task = registry.load("dataset", "digits").build(recipe.data, 0)
+    registry.load("model", "test_net").build(recipe.model, task).load_state_dict(found)  # both names of the weight are there
+    assert torch.equal(found["3.0.weight"], found["4.0.weight"])
+
+
+def test_layers_that_work_in_place_are_timed_and_planned() -> None:
+    layers = [nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)]
+    assert all(forward > 0 for forward, _ in layer_seconds(layers, torch.randn(3, 4), 1))
+
+
+def test_one_sample_of_one_pixel_is_too_small_for_a_synthesizer() -> None:
+    method, stage = DNI(DNI.Options(), 2), Stage(0, 2, nn.Conv2d(1, 3, 8), None, 0, nn.functional.cross_entropy)
+    with pytest.raises(RecipeError, match="at least 2 samples"):
+        method.prepare(stage, torch.zeros(1, 3, 1, 1))
+    method.prepare(stage, torch.zeros(2, 3, 1, 1))
+
+
+@pytest.mark.parametrize("kind", [nn.InstanceNorm2d, nn.BatchNorm2d])
+def test_running_statistics_of_any_norm_can_be_left_alone(kind: type) -> None:
+    norm, x = kind(2, track_running_stats=True), torch.randn(3, 2, 4, 4)
+    before = {n: t.clone() for n, t in norm.state_dict().items()}
+    with frozen_statistics(norm):
+        y = norm(x)
+    assert same(norm.state_dict(), before) and torch.equal(norm(x), y) and not same(norm.state_dict(), before)
 
 
 def test_inputs_that_change_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

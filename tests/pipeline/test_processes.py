@@ -18,9 +18,10 @@ from tests.pipeline.conftest import CONFIGURATIONS, Watched, make, same, watch
 from xutrain.engine.context import Context
 from xutrain.engine.pulse import Pulse
 from xutrain.engine.record import Record, read_json, write_json
-from xutrain.errors import Failed, Stopped
+from xutrain.errors import Failed, Stopped, UsageError
 from xutrain.loops import pipelined
 from xutrain.recipe.delays import Delays
+from xutrain.recipe.identity import group_id
 
 METHODS = ["bp", "fr", "ddg", "pipedream", "fdg", "pipemare", "dni", "dsp"]
 
@@ -96,6 +97,21 @@ def test_stop_and_resume_is_never_having_stopped(tmp_path: Path, method: Any) ->
     state, metrics, lines, meter = _state(chosen, folder)
     assert same(state, whole[0])
     assert (metrics, lines, meter) == (whole[1], whole[2], whole[3])
+
+
+@pytest.mark.parametrize(("first", "second"), [("4", "null"), ("null", "4"), ("4", "3")])
+def test_a_run_that_drained_elsewhere_is_not_gone_on_with(tmp_path: Path, first: str, second: str) -> None:
+    """Where the queues drain is part of what is computed; the folder's name says so too."""
+    assert group_id(make("dsp", checkpoint__every=first)) != group_id(make("dsp", checkpoint__every=second))
+    ends = [make("dsp", checkpoint__every=every, runtime__drain="end") for every in (first, second)]
+    assert group_id(ends[0]) == group_id(ends[1])
+    (tmp_path / "STAY").touch()
+    (tmp_path / "STOP").write_text("5")
+    assert _stopped(make("dsp", checkpoint__every=first), tmp_path)
+    (tmp_path / "STOP").unlink()
+    with pytest.raises(UsageError, match=f"the run began with {first}".replace("null", "None")):
+        watch(make("dsp", checkpoint__every=second), tmp_path)
+    assert [s.updates for s in watch(make("dsp", checkpoint__every=first), tmp_path).job.stages] == [12] * 3
 
 
 def test_stop_in_three_processes_and_resume_in_one(tmp_path: Path) -> None:

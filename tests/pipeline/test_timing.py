@@ -64,7 +64,8 @@ def test_permanent_straggler_sets_the_pace() -> None:
 def test_search_finds_the_fewest_ticks() -> None:
     found = search_delays([1.0, 1.0, 1.0], 1.0, [1, 1, 1], None, 100)
     assert [found.p[k] + found.q[k] for k in range(2)] == [4, 4]  # p + q >= 2 + 2c/d
-    assert search_delays([1.0, 1.0, 1.0], 1.0, [1, 1, 1], None, 5).m[0] == 5
+    assert search_delays([1.0, 1.0, 1.0], 1.0, [1, 1, 1], None, 5).m[0] == 4  # one tick more would widen one of two equals: no gain
+    assert search_delays([2.0, 1.0, 0.5], 1.0, [1, 1, 1], None, 5).m[0] == 5
     assert max(search_delays([1.0, 1.0, 1.0], 1.0, [10, 10, 10], 70, 100).m) <= 6
     assert search_cuts([1, 1, 1, 1, 4], [2, 2, 2, 2, 8], 2) == [0, 4, 5]
     for many in (1, 30):  # tried one by one; by dynamic programming

@@ -56,6 +56,31 @@ def test_flat_is_torch(options: dict[str, Any], make: Any) -> None:
         assert torch.equal(theta, torch.cat([p.detach().reshape(-1) for p in own])), step
 
 
+@pytest.mark.parametrize("name", ["Adagrad", "RMSprop"])
+def test_state_of_torch_is_of_the_workers_kind(name: str) -> None:
+    """A vector in float64: the state is too, from the start and after a resume."""
+    options = PretrainOptimizer(name="torch", torch_class=name, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(4)
+    theta = torch.randn(24, generator=generator, dtype=torch.float64)
+    other = theta.clone()
+    straight, resumed = (base_optimizer(options, LAYOUT, theta) for _ in range(2))
+    for _ in range(4):
+        grad = torch.randn(24, generator=generator, dtype=torch.float64)
+        straight.step(theta, grad.clone(), 0.1)
+        resumed.step(other, grad.clone(), 0.1)
+        state, resumed = resumed.state(), base_optimizer(options, LAYOUT, other)
+        resumed.load_state(state)
+        assert {v.dtype for s in straight.state()["state"].values() for v in s.values() if v.numel() > 1} == {torch.float64}
+        assert torch.equal(theta, other)
+
+
+def test_state_of_torch_is_on_the_workers_device() -> None:
+    """The device without numbers stands for a GPU: Adagrad's sums are there before the first step."""
+    options = PretrainOptimizer(name="torch", torch_class="Adagrad", weight_decay=0.0)
+    state = base_optimizer(options, LAYOUT, torch.zeros(24, device="meta")).state()["state"]
+    assert {s["sum"].device.type for s in state.values()} == {"meta"}
+
+
 def test_what_decays() -> None:
     assert decayed(LAYOUT, "matrices") == [(0, 12), (17, 24)]
     assert decayed(LAYOUT, "all") == [(0, 24)]

@@ -316,6 +316,10 @@ def test_recipes_that_cannot_be_right(method: str, changes: dict[str, Any], wher
             {"optimizer.name": "torch", "optimizer.torch_class": "Adagrad", "optimizer.torch_options": "{nonsense: 1}"},
             "optimizer.torch_options",
         ),
+        (
+            {"optimizer.name": "torch", "optimizer.torch_class": "NAdam", "optimizer.torch_options": "{weight_decay: 0.5}"},
+            "optimizer.weight_decay=0.5",
+        ),
         ({"train.steps": "null", "train.epochs": 0.0003, "method.last_round": "refuse", "method.local_steps": 5}, "method.local_steps"),
         ({"method.shards": 2, "codec": "{name: random_block, ratio: 4.0}"}, "method.shards"),
     ],

@@ -316,6 +316,18 @@ def test_a_broken_worker_costs_one_round() -> None:
     assert method.diagnostics()["rounds_skipped"] == 1.0
 
 
+def test_a_broken_worker_does_not_break_the_last_average() -> None:
+    """Steps left over by the last full round: all go back to x_t, as at the end of a round."""
+
+    def breaks(step: int, worker: int, x: Tensor) -> Tensor:
+        return gradient(step, worker, x) * (float("inf") if (step, worker) == (4, 2) else 1.0)
+
+    method = build("dsm", {"local_steps": 4}, steps=5)
+    first = drive(method, RATES[:4], of=breaks).clone()
+    assert torch.equal(drive(method, RATES[4:5], 4, of=breaks), first)
+    assert method.diagnostics()["rounds_skipped"] == 1.0
+
+
 @pytest.mark.parametrize("workers", [2, 4])
 def test_identical_workers_are_one(workers: int) -> None:
     def same(step: int, worker: int, x: Tensor) -> Tensor:

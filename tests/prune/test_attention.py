@@ -10,13 +10,16 @@ import pytest
 import torch
 from prune_model import CONFIGS, digest, save, tokens
 
+from xutrain.engine.rng import Key
 from xutrain.engine.workers import Workers
 from xutrain.errors import RecipeError, Stopped
 from xutrain.methods.prune.attention import names
 from xutrain.methods.prune.base import Routing
 from xutrain.methods.prune.checkpoint import prune_checkpoint
+from xutrain.methods.prune.masks import Pattern
 from xutrain.methods.prune.measure import open_forward, skip_thresholds, window_losses
 from xutrain.methods.prune.skipping import median_ratio, skipped
+from xutrain.methods.prune.wanda import Wanda
 from xutrain.models.moe import Architecture
 from xutrain.models.shards import Source
 from xutrain.recipe.load import load
@@ -119,3 +122,13 @@ def test_skipping_in_the_stream(dense: Path) -> None:
 def test_sparsegpt_does_not_take_another_score_for_attention(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="prunes experts only"):
         prune_checkpoint(dense, tmp_path / "out", tokens(), method="sparsegpt", targets="experts+attn")
+
+
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])
+def test_scores_of_attention_are_as_wide_as_their_sums(compute: torch.dtype) -> None:
+    """In eight bits most of a row would tie, and the sums of a long calibration are beyond float16."""
+    g = torch.Generator().manual_seed(0)
+    weight, sums = torch.randn(16, 256, generator=g).to(compute), 1e5 * torch.rand(256, generator=g)
+    order = (weight.double().abs() * sums.double().sqrt()).sort(dim=1, stable=True).indices[:, :128]
+    expected = torch.ones(16, 256, dtype=torch.bool).scatter(1, order, False)
+    assert torch.equal(Wanda(Wanda.Options(name="wanda")).linear_mask(weight, sums, Pattern(0.5), Key()), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ from xutrain.methods.prune.drop import LayerView, drop_experts, largest
 from xutrain.methods.prune.load_balance import coefficient_of_variation, loads
 from xutrain.methods.prune.measure import open_forward, window_losses
 from xutrain.methods.prune.naee import NAEE, combine
+from xutrain.models.moe import Architecture
 from xutrain.models.shards import Source
 
 METHODS = ["naee", "reap", "ean", "frequency"]
@@ -119,3 +121,11 @@ def test_what_cannot_be_dropped(dense: Path, tmp_path: Path) -> None:
         drop_experts(tmp_path / "llama", tmp_path / "out", tokens(), method={"name": "reap", "keep": 2})
     with pytest.raises(RecipeError, match="prunes weights"):
         drop_experts(dense, tmp_path / "out", tokens(), method={"name": "wanda"})
+
+
+def test_a_number_of_experts_that_the_config_leaves_to_the_default_is_written(tmp_path: Path) -> None:
+    save("mixtral", tmp_path / "dense", num_hidden_layers=1, num_local_experts=8)
+    file = tmp_path / "dense" / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "num_local_experts"}))
+    drop_experts(tmp_path / "dense", tmp_path / "out", tokens(2), method={"name": "frequency", "keep": 6})
+    assert Architecture.read(tmp_path / "out").experts == 6

@@ -12,9 +12,13 @@ import pytest
 import torch
 from prune_model import digest, save, tokens
 
+from xutrain.engine.rng import Key
 from xutrain.errors import DataError, Failed, RecipeError, UsageError
 from xutrain.methods.prune import journal
-from xutrain.methods.prune.checkpoint import prune_checkpoint
+from xutrain.methods.prune.base import ROLES, Expert, Routing, magnitude_cut
+from xutrain.methods.prune.checkpoint import prune_checkpoint, weight_method
+from xutrain.methods.prune.expert import prune_expert
+from xutrain.methods.prune.masks import Pattern
 from xutrain.models.moe import FAMILIES
 from xutrain.models.shards import INDEX, Source, Target, header_of
 
@@ -117,6 +121,16 @@ def test_few_tokens_fall_back_to_magnitude_by_name(dense: Path, tmp_path: Path) 
     assert len(report.fallbacks) == 4 and "expert 3" in report.fallbacks[3]
     magnitude = prune_checkpoint(dense, tmp_path / "magnitude", tokens(), method={"name": "magnitude", "group": "row"})
     assert digest(report.folder) == digest(magnitude.folder)
+
+
+@pytest.mark.parametrize("name", ["moe_pruner", "path", "sparsegpt"])
+def test_router_weights_whose_squares_vanish_fall_back_too(name: str) -> None:
+    method = weight_method({"name": name, "gate": "square"})
+    torch.manual_seed(0)
+    e, x = Expert(torch.randn(6, 8), torch.randn(6, 8), torch.randn(8, 6)), torch.randn(40, 8)
+    routing = Routing(torch.tensor([[0, 1]] * 40), torch.tensor([[1 - 1e-12, 1e-12]] * 40), torch.tensor([[1 - 1e-12, 1e-12]] * 40))
+    done = prune_expert(method, e, Expert(*(e.matrix(r).clone() for r in ROLES)), x, routing, (0, 1), Pattern(0.5), Key())
+    assert done.row.fallback and all(torch.equal(done.masks[r], magnitude_cut(e, Pattern(0.5)).masks[r]) for r in ("gate", "down"))
 
 
 @pytest.mark.parametrize("method", ["moe_pruner", "wanda", "path", "sparsegpt"])

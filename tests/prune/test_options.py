@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from prune_model import digest, save, tokens
+from torch import Tensor
 
 from xutrain.errors import DataError, RecipeError, UsageError
 from xutrain.methods.prune.checkpoint import prune_checkpoint
 from xutrain.methods.prune.drop import drop_experts
+from xutrain.methods.prune.moments import Moments
+from xutrain.methods.prune.wanda import Wanda
 from xutrain.recipe.load import load
 
 
@@ -68,7 +71,7 @@ def test_cached_sums_belong_to_one_method_one_model_and_no_repair(dense: Path, t
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.float64])
+@pytest.mark.parametrize("compute", [torch.float32, torch.float64, torch.bfloat16])
 def test_sums_of_all_tokens_cut_the_same_also_where_an_expert_got_none(tmp_path: Path, compute: torch.dtype) -> None:
     save("mixtral", tmp_path / "dense", num_hidden_layers=1, num_local_experts=8)
     one, how = tokens(1, 2), {"method": {"name": "wanda", "all_tokens": True, "min_tokens": 2}, "compute": compute}
@@ -98,3 +101,24 @@ def test_a_finished_folder_without_masks_is_not_taken_for_one_with_masks(dense: 
 def test_recipes_that_would_leave_something_out(overrides: list[str], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         load("moe_pruner", "prune", overrides)
+
+
+class Named(Moments):
+    """Sums of a method of one's own, under names of its own."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {"inputs": self.x, "inner.h": self.h}
+
+
+class Own(Wanda):
+    statistics = Named
+
+    def scores(self, expert: Any, sums: Any) -> dict[str, Tensor]:
+        return super().scores(expert, {"x": sums["inputs"], "h": sums["inner.h"]})
+
+
+def test_sums_of_any_name_come_back(dense: Path, tmp_path: Path) -> None:
+    own = Own(Wanda.Options(name="wanda"))
+    prune_checkpoint(dense, tmp_path / "fresh", tokens(), method=own, propagate="dense", save_sums=tmp_path / "sums")
+    prune_checkpoint(dense, tmp_path / "again", tokens(), method=own, from_sums=tmp_path / "sums")
+    assert digest(tmp_path / "again") == digest(tmp_path / "fresh")

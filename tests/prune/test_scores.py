@@ -196,6 +196,9 @@ def test_row_scales_minimise_the_gated_error_and_are_one_without_pruning() -> No
         per_row = [(gated * (y - s * masked)).norm(dim=0)[free] for s in (scales.alpha(role), scales.alpha(role) * 1.01)]
         assert (per_row[0] <= per_row[1]).all()
         assert torch.equal(scales.cut(done).masks[role], done.masks[role])
+    small = RowScales(Expert(e.gate * 1e-18, e.up, e.down), Expert(e.gate * 1e-18, e.up, e.down))
+    small.add(chunk)
+    assert torch.equal(small.alpha("gate"), torch.ones_like(small.alpha("gate")))
     same_weights = RowScales(e, e)
     same_weights.add(chunk)
     assert all((same_weights.alpha(role) == 1).all() for role in ROLES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import shutil
 from pathlib import Path
@@ -10,17 +11,18 @@ from typing import Any
 import pytest
 import torch
 from prune_model import digest, save, tokens
+from torch.utils.flop_counter import FlopCounterMode
 
 from xutrain.data import windows
 from xutrain.engine.rng import Key
-from xutrain.errors import DataError
+from xutrain.errors import DataError, RecipeError
 from xutrain.launch.plan import plan
 from xutrain.launch.run import launch
 from xutrain.loops import embedded_mixtral, pruning
 from xutrain.methods.prune import cost
 from xutrain.methods.prune.base import Routing
-from xutrain.methods.prune.checkpoint import weight_method
-from xutrain.methods.prune.drop import _expert_method
+from xutrain.methods.prune.checkpoint import prune_checkpoint, weight_method
+from xutrain.methods.prune.drop import _expert_method, drop_experts
 from xutrain.methods.prune.measure import layer_errors, open_forward, perplexity, stored_bytes, window_losses
 from xutrain.models.decoder import Decoder
 from xutrain.models.moe import Architecture
@@ -168,3 +170,52 @@ def test_forecast_of_expert_methods_and_of_measuring() -> None:
     assert errors[1] - plain[1] >= 2 * 2048 * arch.hidden * 4 and plain[1] >= 2 * 2048 * arch.hidden * 4
     with pytest.raises(DataError, match="size is missing"):
         cost.Shape.of(Architecture.of({**arch.config, "num_attention_heads": "x"}))
+
+
+def test_perplexity_of_a_loss_that_is_no_number_is_none() -> None:
+    assert math.isnan(perplexity(torch.tensor([1.0, math.nan]))) and perplexity(torch.tensor([1e6])) == math.exp(700)
+
+
+def test_compressed_lines_are_lines(tmp_path: Path) -> None:
+    for name in ("c4.json.gz", "c4.jsonl.gz"):
+        with gzip.open(tmp_path / name, "wt") as stream:
+            stream.write('{"text": "one"}\n{"text": "two"}\n')
+        assert list(windows.documents(tmp_path / name)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["wanda", "path", {"name": "wanda", "all_tokens": True}, {"name": "path", "gate": "all_tokens"}, {"name": "naee", "keep": 6}],
+    ids=str,
+)
+def test_operations_are_those_that_torch_counts(tmp_path: Path, method: Any) -> None:
+    save("mixtral", tmp_path / "dense", num_hidden_layers=1, num_local_experts=8, intermediate_size=128)
+    data, whole = tokens(8, 32), isinstance(method, dict) and method["name"] == "naee"
+    with FlopCounterMode(display=False) as counted:
+        if whole:
+            drop_experts(tmp_path / "dense", tmp_path / "out", data, method=method)
+        else:
+            prune_checkpoint(tmp_path / "dense", tmp_path / "out", data, method=method)
+    part = _expert_method(method) if whole else weight_method(method)
+    said = cost.operations(Architecture.read(tmp_path / "dense"), part, data.numel(), 32, False)
+    assert 0.8 < said / counted.get_total_flops() < 1.4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["distill.source=nowhere.txt"], "no such text"),
+        (["distill.length=400000"], "distill.length: the text has only"),
+        (["distill.mode=layers", "distill.inputs=teacher", "distill.length=400000"], "too few"),
+    ],
+)
+def test_a_text_that_distillation_cannot_use_is_found_before_the_pruning(shared: Path, overrides: list[str], words: str) -> None:
+    result = go(shared, *overrides, config="distill")
+    assert result["exit_code"] == 3 and words in " ".join(result["error"])
+    assert not (Path(result["run"]) / "pruned").exists()
+
+
+def test_a_window_longer_than_the_embedded_text_is_refused(tmp_path: Path) -> None:
+    size = load("moe_pruner", "prune", ["model.embedded.length=400000"], smoke=True).recipe.model.embedded
+    with pytest.raises(RecipeError, match=r"model\.embedded\.length"):
+        embedded_mixtral.train(size, 0, lambda *args: None, lambda: False)

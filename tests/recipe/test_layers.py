@@ -79,3 +79,14 @@ def test_scalars(text: str, value: object) -> None:
 def test_numbers_that_are_refused(text: str) -> None:
     with pytest.raises(RecipeError):
         yamlfile.parse(f"a: {text}", "x")
+
+
+@pytest.mark.parametrize("text", ["1e3", "12345e6", "+1E5", "-e3", "123e4567", "1_0.5", "off", "012", "1:30", "null", "", "- x", "5."])
+def test_texts_that_look_like_something_else_are_written_in_quotes(text: str) -> None:
+    value = {"a": text, "b": [text], text or "k": 1, "n": 1e-5, "m": 1e22}
+    assert yamlfile.parse(yamlfile.dump(value), "x") == value
+
+
+@pytest.mark.parametrize("text", ["-e3", "+e5", "._1", "-.e1"])
+def test_a_number_has_a_digit_before_its_exponent(text: str) -> None:
+    assert yamlfile.parse(f"a: {text}", "x") == {"a": text}

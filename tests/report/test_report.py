@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 
 from xutrain.cli.app import run
-from xutrain.engine.record import read_json, write_json
+from xutrain.engine.meter import BitMeter
+from xutrain.engine.record import Record, read_json, write_json
 from xutrain.errors import Failed, UsageError, XutrainError
-from xutrain.report import build, claims, overview, page, published
+from xutrain.report import build, claims, overview, page, published, suite
+from xutrain.report import runs as runs_module
 from xutrain.report.suite import open_table
 
 VALUES = {"fp": [0.9, 0.92], "orq3": [0.8, 0.84]}
@@ -139,6 +142,48 @@ def test_a_claim_on_a_diverged_run(fill: Any, runs: Path, monkeypatch: pytest.Mo
     why = {c["id"]: c["parts"][0]["why"] for c in part["claims"]}
     assert why["paper.order"] == why["paper.wrong"] == "orq3 diverged in 2 of 2 seeds" and why["paper.bits"] == ""
     assert "orq3 diverged in 2 of 2 seeds" in page.html(overview.report("t", [part]))
+
+
+def test_an_equality_does_not_hold_where_one_side_diverged(fill: Any, runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = fill({"fp": [0.9, 0.91], "orq3": [0.9, 0.91]})
+    paper = _paper(PAPER.format(scale="cpu", fp=0.9, orq=0.9).replace(", metric: bits_up", ""), tmp_path)
+    monkeypatch.setattr(published, "papers", lambda: [paper])
+    assert {c["id"]: c["verdict"] for c in build.section(table, runs)["claims"]}["paper.bits"] == "pass"
+    for row in ("fp", "orq3"):
+        folders = [Path(r["folder"]) for r in _cell(build.section(table, runs), row)["runs"]]
+        kept = [(f / "state.json").read_text() for f in folders]
+        for folder in folders:
+            write_json(folder / "state.json", {"status": "diverged", "exit_code": 4})
+        judged = {c["id"]: c for c in build.section(table, runs)["claims"]}["paper.bits"]
+        assert judged["verdict"] == "fail" and judged["parts"][0]["why"] == f"{row} diverged in 2 of 2 seeds"
+        for folder, text in zip(folders, kept, strict=True):
+            (folder / "state.json").write_text(text)
+
+
+@pytest.mark.parametrize("scale", ["cpu", "paper"])
+def test_a_metric_that_one_seed_never_reaches_is_no_verdict(
+    fill: Any, runs: Path, suite_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scale: str
+) -> None:
+    metric = "reach:test_accuracy:0.85:step"
+    suite_file.write_text(suite_file.read_text().replace("metric: test_accuracy", f"metric: {metric}"), encoding="utf-8")
+    table = fill({"fp": [0.9, 0.8], "orq3": [0.9, 0.95]})
+    paper = _paper(PAPER.format(scale=scale, fp=2.0, orq=3.0).replace("metric: test_accuracy", f"metric: {metric}"), tmp_path)
+    monkeypatch.setattr(published, "papers", lambda: [paper])
+    cells = build.section(table, runs)["cells"]
+    assert [c["metrics"][metric]["n"] for c in cells] == [1, 2]
+    assert [c["verdict"] for c in cells] == ["one seed", "off" if scale == "cpu" else ""]
+
+
+def test_published_numbers_of_a_column_with_a_metric_of_its_own(
+    fill: Any, runs: Path, suite_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    suite_file.write_text(suite_file.read_text().replace("digits: {label: digits,", "digits: {label: digits, metric: test_loss,"))
+    table = fill(VALUES)
+    _with_paper(monkeypatch, tmp_path)  # says test_accuracy
+    assert [c["published"] for c in build.section(table, runs)["cells"]] == [None, None]
+    paper = _paper(PAPER.format(scale="cpu", fp=0.09, orq=0.18).replace("metric: test_accuracy", "metric: test_loss"), tmp_path)
+    monkeypatch.setattr(published, "papers", lambda: [paper])
+    assert [c["verdict"] for c in build.section(table, runs)["cells"]] == ["match", "match"]
 
 
 @pytest.mark.parametrize("victim", ["metrics.jsonl", "state.json", "recipe.yaml"])
@@ -291,6 +336,20 @@ def test_metrics_made_of_curves(fill: Any, runs: Path) -> None:
     assert claims.value(found, f"reach:test_accuracy:{0.75 * last}:bits_up") == pytest.approx(1500.0)
     assert claims.value(found, f"reach:test_accuracy:{0.75 * last}:test_loss") == pytest.approx(1 - 0.75 * last)
     assert claims.value(found, "reach:test_accuracy:2:step") is None and part_table.cells
+
+
+def test_long_curves_are_measured_whole_and_drawn_thin(tmp_path: Path) -> None:
+    """A claim takes every logged value; only pictures are thinned."""
+    record = Record(tmp_path, BitMeter())
+    values = [1.0 if step == 501 else step / 1000 % 0.5 for step in range(1, 1002)]
+    for step, value in enumerate(values, start=1):
+        record.log(step, {"x": value})
+    record.close()
+    found = runs_module.Run(tmp_path, {}, {"status": "done"})
+    assert claims.value(found, "curve_mean:x") == pytest.approx(statistics.fmean(values))
+    assert claims.value(found, "reach:x:0.9:step") == pytest.approx(500 + 0.9)
+    points = build._curve(suite.Plot(y="x", x="step"), [found])
+    assert 250 <= len(points) <= 302 and points[-1]["x"] == 1001
 
 
 def test_pictures_of_a_run_with_several_columns_are_shown_once(fill: Any, runs: Path) -> None:

@@ -229,3 +229,34 @@ def test_a_sweep_says_about_how_long_it_takes(suite_file: Path, tmp_path: Path, 
     assert "4 runs to do, about 4 min on 2 free cores" in capsys.readouterr().err
     assert run(words) == 0
     assert "to do" not in capsys.readouterr().err
+
+
+def test_a_fault_moves_no_finished_run_aside(fill: Any, runs: Path, suite_file: Path) -> None:
+    """--fresh with a cell that cannot run: everything stays where it is."""
+    table = fill({"fp": [0.9, 0.91], "orq3": [0.8, 0.81]})
+    before = sorted(runs.rglob("run.json"))
+    suite_file.write_text(suite_file.read_text().replace("levels: 3", "levels: -3"), encoding="utf-8")
+    with pytest.raises(RecipeError, match="levels"):
+        sweep.prepare(suite.open_table(str(suite_file)), out=runs, fresh=True)
+    with pytest.raises(XutrainError, match="--nproc"):
+        sweep.prepare(table, out=runs, fresh=True, nproc=3)
+    other = suite_file.with_name("right.yaml")
+    other.write_text(suite_file.read_text().replace("levels: -3", "levels: 3"), encoding="utf-8")
+    assert run(["sweep", str(other), str(suite_file), "--fresh", "--out", str(runs)]) == 2
+    assert sorted(runs.rglob("run.json")) == before
+    sweep.prepare(table, out=runs, fresh=True)
+    assert not any((f.parent.name in ("seed0", "seed1")) for f in runs.rglob("run.json"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds: [0, 1]", "seeds: [0, -1]", "seeds: must lie between 0 and"),
+        ("metric: test_accuracy", "metric: 'reach:test_accuracy:0.5'", "metric: .*reach:NAME:LEVEL:AXIS"),
+        ("show: [test_loss]", "show: ['curve_mean:']", "show: .*curve_mean:NAME"),
+    ],
+)
+def test_seeds_and_metrics_are_checked_before_anything_runs(suite_file: Path, old: str, new: str, message: str) -> None:
+    suite_file.write_text(suite_file.read_text().replace(old, new), encoding="utf-8")
+    with pytest.raises(RecipeError, match=message):
+        suite.open_table(str(suite_file))

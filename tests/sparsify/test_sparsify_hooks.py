@@ -155,10 +155,58 @@ def test_mean_state_keeps_the_mean_residual() -> None:
     assert mean["step"] == 3 and torch.equal(mean["error"]["w"], torch.full((2,), 1.5))
 
 
+def at_rate_zero() -> Tensor:
+    """The change of a rank's residual in a step at rate 0, after two at rate 0.1."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    module = model()
+    ddp = DistributedDataParallel(module, bucket_cap_mb=0.001)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    hook = CompressedHook(ddp, xutrain.codec("random_block", ratio=4), optimizer=optimizer).attach()
+    left = []
+    for step, lr in enumerate((0.1, 0.1, 0.0)):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        ddp(batch(step, 0)[0]).square().mean().backward()
+        optimizer.step()
+        left.append(torch.cat([hook.error[name] for name, _ in module.named_parameters()]))
+    return left[2] - left[1]
+
+
+def test_what_is_sent_at_rate_zero_is_still_owed(forked: Callable[..., list[Any]]) -> None:
+    assert not any(change.any() for change in forked(at_rate_zero, 2))
+
+
+def in_memory_format(format: torch.memory_format) -> Tensor:
+    """Three steps with a model whose parameters lie in memory as ``format`` says."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3)).to(memory_format=format)  # type: ignore[call-overload]
+    ddp = DistributedDataParallel(module)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    hook = CompressedHook(ddp, xutrain.codec("scaled_sign"), optimizer=optimizer, momentum=MU, coeff=1.0).attach()
+    for step in range(3):
+        optimizer.zero_grad()
+        with hook.detached():
+            ddp(torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+    return flat(module)
+
+
+def test_a_residual_lies_as_its_parameter_lies(forked: Callable[..., list[Any]]) -> None:
+    """The scaled sign does not depend on the order of the elements, so channels last changes nothing but rounding."""
+    plain, last = (forked(in_memory_format, 2, format)[0] for format in (torch.contiguous_format, torch.channels_last))
+    assert torch.allclose(plain, last, atol=1e-6, rtol=0)
+
+
 def test_bad_input() -> None:
-    for wrong in ({"coeff": 1.5}, {"momentum": 1.0}, {"coeff": "adaptiv"}, {"coeff": "adaptive"}):
+    for wrong in ({"coeff": 1.5}, {"momentum": 1.0}, {"coeff": "adaptiv"}, {"coeff": "adaptive"}, {"coeff": 0.3, "error_feedback": False}):
         with pytest.raises(UsageError):
             CompressedHook(model(), xutrain.codec("fp"), **wrong)  # type: ignore[arg-type]
+    one = model()
+    with pytest.raises(UsageError, match="momentum of its own"):
+        CompressedHook(one, xutrain.codec("fp"), momentum=0.9, optimizer=torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9))
     with pytest.raises(UsageError, match="grow"):
         CompressedHook(model(), xutrain.codec("random_k", ratio=8, rescale=True))
     with pytest.raises(RecipeError, match=r"codec\.ratio"):

@@ -165,6 +165,7 @@ def test_another_number_of_workers_keeps_the_virtual_point(case: Any, tmp_path: 
         ({"name": "saef", "local_optimizer": "adagrad"}, BLOCK, {}, "optimizer.momentum", "momentum=0"),
         ({"name": "dist_ef_sgd", "local_optimizer": "adagrad"}, BLOCK, {}, "method.local_optimizer", "sgd"),
         ({"name": "saef", "recalibrate_bn": -1}, BLOCK, {}, "method.recalibrate_bn", "0"),
+        ({"name": "cser", "step_codec": "signsgd"}, BLOCK, {}, "method.step_codec", "scaled_sign"),
     ],
 )  # fmt: skip
 def test_bad_input(method: dict[str, Any], codec: dict[str, Any], exchange: dict[str, Any], where: str, says: str) -> None:
@@ -183,6 +184,61 @@ def test_ratio_above_every_tensor() -> None:
 def test_resume_from_nowhere(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="resume_from"):
         recipe({"name": "def"}, BLOCK, resume_from=str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"method": {"name": "pef"}}, "holds no optimizer"),
+        ({"method": {"name": "def"}}, "holds no coeff, moments"),
+        ({"method": {"name": "cser"}}, "holds no deviation"),
+        ({"model": {"name": "mlp", "hidden": [11]}}, "parameters"),
+        ({"train": {"steps": 3, "batch_size": 4}}, "at step 3 already"),
+    ],
+)
+def test_resume_from_what_does_not_fit(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    stop_at(3, recipe({"name": "ef"}, BLOCK), tmp_path / "ef")
+    chosen = recipe(changes.pop("method", {"name": "ef"}), BLOCK, resume_from=str(tmp_path / "ef"), **changes)
+    with pytest.raises(RecipeError, match=says):
+        data_parallel.forecast(chosen)
+    with pytest.raises(RecipeError, match=says):
+        train(chosen, str(tmp_path / "other"))
+
+
+def adopted(chosen: Any, folder: Path) -> Any:
+    folder.mkdir()
+    job = data_parallel.build(chosen, Context())
+    data_parallel._adopt(job, chosen, Context(), Record(folder, job.exchange.meter, seed=0, is_main=True))
+    return job.method
+
+
+def test_who_goes_on_with_another_coefficient_gets_it(tmp_path: Path) -> None:
+    stop_at(3, recipe({"name": "def", "coeff": 0.3}, BLOCK), tmp_path / "from")
+    assert adopted(recipe({"name": "def", "coeff": 0.5}, BLOCK, resume_from=str(tmp_path / "from")), tmp_path / "to").coeff == 0.5
+
+
+def test_a_server_may_come_and_go(tmp_path: Path) -> None:
+    """What the server has left out is not lost with it, and a new server begins with nothing."""
+    codec = {"name": "top_k", "ratio": 10}
+    for before in (True, False):
+        first = recipe({"name": "ef", "two_way": before}, codec)
+        folder = tmp_path / f"from{before}"
+        stop_at(3, first, folder)
+        saved = Checkpoints(folder, first.checkpoint, Context()).latest()
+        assert saved is not None
+        same = data_parallel.build(first, Context()).method
+        same.load_state(saved.shared["method"], saved.worker)
+        other = adopted(recipe({"name": "ef", "two_way": not before}, codec, resume_from=str(folder)), tmp_path / f"to{before}")
+        assert (other.server is None) == before
+        assert torch.allclose(other.virtual(), same.virtual(), atol=1e-6, rtol=0)
+
+
+def test_the_mean_of_batch_norm_statistics_is_counted_as_it_travels() -> None:
+    for reduction, down in (("exact", 4 * 3), ("ring", 2 * 3)):
+        chosen = recipe({"name": "ef"}, BLOCK, {"reduction": reduction}, model={"name": "resnet_cifar", "depth": 8, "width": 4})
+        job = data_parallel.build(chosen, Context())
+        bits = 32 * job.replica.num_buffer_elements
+        assert bits and data_parallel._buffer_bits("mean", job) == (4 * bits, down * bits)
 
 
 def test_unproven_codecs_are_named(tmp_path: Path) -> None:

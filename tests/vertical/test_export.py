@@ -11,6 +11,7 @@ import pytest
 from xutrain.cli.app import run
 from xutrain.data.party_file import load_party
 from xutrain.data.vertical_sets import PartyFiles
+from xutrain.loops.vertical_export import merged, read
 
 
 @pytest.fixture
@@ -52,3 +53,16 @@ def test_every_party_must_give_its_file(models, tmp_path, capsys):
     assert "another run or job" in capsys.readouterr().err
     paths[1].write_text("no JSON")
     assert run(["vertical", "export", *map(str, paths)]) == 2
+
+
+def test_a_partys_own_column_called_intercept_is_a_column(models, tmp_path):
+    """Only the ones that were put beside the coded columns are the intercept."""
+    paths, _ = models
+    model = json.loads(paths[1].read_text())
+    steps = {"missing": "error", "columns": {"intercept": {"mean": [3.75], "scale": [2.0]}}}
+    paths[1].write_text(json.dumps({**model, "columns": ["intercept"], "weights": [4.0], "preprocessing": steps}))
+    plain = merged([(path, read(path)) for path in paths])
+    assert plain["coefficients"][-1] == {"column": "intercept", "party": "b", "coefficient": 2.0}
+    steps["columns"] = {"z": steps["columns"]["intercept"]}
+    paths[1].write_text(json.dumps({**model, "columns": ["z"], "weights": [4.0], "preprocessing": steps}))
+    assert merged([(path, read(path)) for path in paths])["intercept"] == plain["intercept"]

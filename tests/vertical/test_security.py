@@ -7,10 +7,12 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 
-from tests.vertical.conftest import recipe_of
+from tests.vertical.conftest import recipe_of, run_through
 from tests.vertical.vertical_sums import objective
 from xutrain.errors import Diverged, RecipeError, UsageError
 from xutrain.launch.parties import audit
+from xutrain.methods.vertical import attacks
+from xutrain.methods.vertical.plan import load_data
 from xutrain.methods.vertical.security import SafeSum, fixed, pairwise, trees
 
 
@@ -158,3 +160,24 @@ def test_signals_give_the_labels_away():
 def test_audit_of_trees_says_which_are_refused():
     verdicts = {row[0]: row[1] for row in audit(recipe_of(), "trees", 0)["rows"]}
     assert verdicts == {"auto": "accepted", "chain": "accepted", "binomial": "REFUSED", "same_star": "REFUSED"}
+
+
+def test_blocks_that_never_learn_give_nothing_away():
+    """Without backward updating the others' products stay at zero: there is no total to learn from."""
+    recipe = recipe_of(data={"name": "breast_cancer", "parties": 2}, labels=["party0"])
+    assert {error for _, error in audit(recipe, "totals", 20)["rows"]} == {1.0}
+
+
+@pytest.mark.parametrize("estimator", ["sgd", "svrg", "saga"])
+def test_audited_totals_are_those_of_the_training(estimator):
+    """Lock step: the other's products after the last epoch, snapshots and tables as in the run."""
+    changes = {"data": {"name": "breast_cancer", "parties": 2}, "method": {"name": "vfb2", "estimator": estimator}, "train__mode": "sync"}
+    recipe = recipe_of(**changes, labels=["party0"], train__epochs=3)
+    seen = attacks.observed_totals(recipe, load_data(recipe), 0, 3)
+    job = run_through(recipe)
+    assert np.allclose(seen[:, -1, 0], job.methods[1].contribution(), rtol=0, atol=1e-12)
+
+
+def test_audit_of_pooled_data_with_named_holders_is_refused_by_name():
+    with pytest.raises(UsageError, match="nobody to learn from"):
+        audit(recipe_of(method={"name": "central"}, labels=["mean"]), "totals", 0)

@@ -178,3 +178,56 @@ def test_credit_data_is_the_reference_problem():
         pytest.skip("german_credit is not prepared")
     data = build("german_credit")
     assert optimum(data.pooled().parties[0].train, data.y, Logistic(), 1e-2)[1] == pytest.approx(0.4652087992740089, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"), [("1.5", "whole numbers from 0"), ("-1", "whole numbers from 0"), ("inf", "a.csv:3: .*infinite")]
+)
+def test_classes_are_whole_numbers(two, tmp_path, cell, message):
+    (tmp_path / "a.csv").write_text(f"id,x,label\n1,0.5,0\n2,1.5,{cell}\n4,1,1\n")
+    with pytest.raises(DataError, match=message):
+        build("party_files", files=two, id="id", label="label", task="classes")
+
+
+def test_libsvm_labels_are_finite(tmp_path):
+    (tmp_path / "f.txt").write_text("1 1:1\nnan 1:2\n")
+    with pytest.raises(DataError, match=r"f.txt:2"):
+        read_libsvm(tmp_path / "f.txt")
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_training_and_test_file_have_one_base(tmp_path, swapped):
+    """An index 0 in one of the two files says that both count from 0."""
+    (tmp_path / "zero.txt").write_text("1 0:1 2:5\n-1 1:2\n")
+    (tmp_path / "plain.txt").write_text("1 1:3 2:7\n-1 2:4\n")
+    first, second = ("plain.txt", "zero.txt") if swapped else ("zero.txt", "plain.txt")
+    data = build("libsvm", path=str(tmp_path / first), test_path=str(tmp_path / second), parties=1, dense=True)
+    known = {"zero.txt": [[1, 0, 5], [0, 2, 0]], "plain.txt": [[0, 3, 7], [0, 0, 4]]}
+    assert data.parties[0].train.tolist() == known[first]
+    assert data.parties[0].test.tolist() == known[second]
+    assert all("0-based" in note for note in data.notes)
+
+
+def test_dense_and_sparse_parties_are_pooled(two, tmp_path):
+    (tmp_path / "b.svm").write_text("0 1:5\n0 2:3\n0 1:1 3:2\n")
+    (tmp_path / "b.svm.ids").write_text("1\n2\n4\n")
+    for files in ({"a": two["a"], "b": str(tmp_path / "b.svm")}, {"b": str(tmp_path / "b.svm"), "a": two["a"]}):
+        data = build("party_files", files=files, id="id", label="label")
+        pooled = data.pooled().parties[0].train
+        each = [np.asarray(p.train.todense()) if hasattr(p.train, "todense") else p.train for p in data.parties]
+        assert np.asarray(pooled.todense()).tolist() == np.hstack(each).tolist()
+
+
+@pytest.mark.parametrize("cell", ["123456789.123", "1e-30", "0.1"])
+def test_a_constant_column_becomes_zero(tmp_path, cell):
+    """The mean of equal large numbers is off by a rounding error, which must not be scaled up to one."""
+    (tmp_path / "a.csv").write_text("id,x,v,label\n" + "".join(f"r{i},{cell},{i},{i % 2}\n" for i in range(1000)))
+    data = build("party_files", files={"a": str(tmp_path / "a.csv")}, id="id", label="label", test_fraction=0.3)
+    assert data.parties[0].columns[0] == "x"
+    assert not data.parties[0].train[:, 0].any()
+    assert not data.parties[0].test[:, 0].any()
+
+
+def test_a_test_fraction_that_leaves_no_row_is_refused():
+    with pytest.raises(DataError, match=r"data\.test_fraction: leaves no row for training"):
+        build("breast_cancer", test_fraction=0.9999999)

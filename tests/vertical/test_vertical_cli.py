@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from xutrain.cli.app import run
+from xutrain.engine.record import read_metrics
 from xutrain.families import FAMILIES
 from xutrain.recipe.load import load
 
@@ -37,8 +39,6 @@ def test_a_stopped_run_goes_on_bit_equal(capsys, runs, tmp_path):
     command = ["vertical", "--config", "afsaga", *SMALL, "time.slow_party=worst", "time.delay=2"]
     _, whole = result(capsys, *command, "--out", str(tmp_path / "whole"))
     _, planned = result(capsys, *command, "--out", str(runs), "--dry-run")
-    from pathlib import Path
-
     folder = Path(planned["run"])
     folder.mkdir(parents=True)
     (folder / "STOP").write_text("77")
@@ -49,6 +49,22 @@ def test_a_stopped_run_goes_on_bit_equal(capsys, runs, tmp_path):
     assert code == 0
     assert found["metrics"] == whole["metrics"]
     assert found["bits"] == whole["bits"]
+
+
+def test_a_stop_at_an_evaluation_does_not_lose_it(capsys, runs, tmp_path):
+    command = ["vertical", "--config", "afsaga", *SMALL, "eval.every=1"]
+    lines = []
+    for out, stop in ((tmp_path / "whole", False), (runs, True)):
+        _, planned = result(capsys, *command, "--out", str(out), "--dry-run")
+        folder = Path(planned["run"])
+        if stop:
+            folder.mkdir(parents=True)
+            (folder / "STOP").write_text("77")
+            assert result(capsys, *command, "--out", str(out))[0] == 75
+            (folder / "STOP").unlink(missing_ok=True)
+        assert result(capsys, *command, "--out", str(out))[0] == 0
+        lines.append([(line["step"], line["name"], line["value"]) for line in read_metrics(folder)])
+    assert lines[0] == lines[1]
 
 
 def test_every_recipe_is_valid_also_with_its_smoke_overrides():
@@ -66,6 +82,7 @@ def test_every_recipe_is_valid_also_with_its_smoke_overrides():
     ("overrides", "message"),
     [
         (["labels=[nobody]"], "must name parties"),
+        (["labels=[mean,mean]"], "names a party twice"),
         (["method=fd_svrg"], "lock step only"),
         (["train.budget=total", "train.mode=sync"], "do not wait"),
         (["time.slow_party=nobody"], "is no party"),

@@ -55,6 +55,9 @@ def sweep(
         raise UsageError(Issue("SUITE", f"nothing of this has the scale {scale}", " ".join(names)))
     patterns = [p.strip() for p in only.split(",")] if only else None
     tables = [suites.open_table(n, scale, smoke=smoke, seeds=wanted, only=patterns) for n in chosen]
+    if fresh and not dry_run:  # every suite is known to be right before the first folder is moved
+        for table in tables:
+            sweeping.prepare(table, out=out, nproc=nproc, launcher=launcher)
     prepared = [(t, sweeping.prepare(t, out=out, nproc=nproc, fresh=fresh and not dry_run, launcher=launcher)) for t in tables]
     if launcher == "slurm":
         _slurm(prepared, cluster, dry_run, smoke, out, json)

@@ -135,9 +135,15 @@ def _parquet(name: str, files: dict[str, bytes]) -> list[tuple[str, np.ndarray, 
         if image is None or label is None:
             raise damaged(base, f"columns {table.column_names}, wanted img or image, and label or fine_label")
         encoded = [row["bytes"] if isinstance(row, dict) else row for row in table.column(image).to_pylist()]
-        images = np.stack([_decoded(base, e).reshape(32, 32, 3).transpose(2, 0, 1) for e in encoded])
-        parts.append((base, images, table.column(label).to_numpy()))
+        parts.append((base, _stacked(base, [_decoded(base, e) for e in encoded]), table.column(label).to_numpy()))
     return parts
+
+
+def _stacked(base: str, images: list[np.ndarray]) -> np.ndarray:
+    """Pictures (32, 32, 3) as one planar array, (n, 3, 32, 32)."""
+    if odd := [i.shape for i in images if i.shape != (32, 32, 3)]:
+        raise damaged(base, f"an image of {odd[0][1]}x{odd[0][0]} pixels")
+    return np.array(images, np.uint8).reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
 
 
 def _png(name: str, files: dict[str, bytes]) -> list[tuple[str, np.ndarray, Any]]:

@@ -86,8 +86,11 @@ def _download(item: Url, target: Path, say: Callable[[str], None], alternatives:
         with urllib.request.urlopen(request, timeout=CONNECT_SECONDS) as answer:
             have = have if answer.status == 206 else 0
             say(f"{item.url}" + (f", continuing at {have / 1e6:.0f} MB" if have else ""))
+            length = answer.headers.get("Content-Length", "")
             with part.open("ab" if have else "wb") as out:
                 _copy(answer, out, alternatives)
+            if length.isdecimal() and part.stat().st_size < have + int(length):
+                raise Unavailable(f"{item.url}: the connection ended early; the part that came is kept")
     except urllib.error.HTTPError as reason:
         if reason.code != 416:  # 416: the partial file is already complete
             raise Unavailable(f"{item.url}: {reason}") from reason

@@ -44,6 +44,10 @@ class FolderTask(Task):
         items = [self.splits["train"][int(i)] for i in indices]
         return self._decoded(items, [partial(_random_crop, size=self.size, u=u) for u in draws])
 
+    def plain(self, indices: Tensor) -> Batch:
+        items = [self.splits["train"][int(i)] for i in indices]
+        return self._decoded(items, [partial(_centre_crop, size=self.size)] * len(items))
+
     def batches(self, split: str, batch_size: int = 500) -> Iterator[Batch]:
         items = self.splits[split]
         for at in range(0, len(items), batch_size):

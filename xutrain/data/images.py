@@ -112,10 +112,10 @@ def shares(total: int, options: ImageOptions) -> dict[str, np.ndarray]:
     """Rows of the training and validation splits out of ``total`` training samples, ascending.
 
     Raises:
-        RecipeError: ``subset`` asks for more samples than there are.
+        RecipeError: ``subset`` asks for more samples than there are, or ``val_fraction`` leaves none.
     """
     order = Key(options.data_seed, "split").numpy().permutation(total)
-    held = round(total * options.val_fraction)
+    held = _some_left(total, round(total * options.val_fraction), options.val_fraction, "data.val_fraction")
     rows = order[held:]
     if options.subset is not None:
         _enough(options.subset, len(rows), "data.subset")
@@ -142,10 +142,19 @@ def divide(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndar
 
 
 def hold_out(total: int, fraction: float, data_seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (train, test) of a set that has no test split of its own; the test split has ceil(fraction x total) samples."""
+    """Rows (train, test) of a set that has no test split of its own; the test split has ceil(fraction x total) samples.
+
+    Raises RecipeError where no sample is left for training.
+    """
     order = Key(data_seed, "hold-out").numpy().permutation(total)
-    held = math.ceil(total * fraction)
+    held = _some_left(total, math.ceil(total * fraction), fraction, "data.test_fraction")
     return np.sort(order[held:]), np.sort(order[:held])
+
+
+def _some_left(total: int, held: int, fraction: float, where: str) -> int:
+    if held >= total:
+        raise RecipeError(Issue(where, f"leaves no training sample of {total}", fraction, "lower it"))
+    return held
 
 
 def _enough(wanted: int, there: int, where: str) -> None:

@@ -12,6 +12,7 @@ from xutrain.data import store
 from xutrain.data.brains_files import FILES, GREY, WHITE
 from xutrain.data.medical_lists import share
 from xutrain.data.segmentation import Scans, SegmentationOptions, SegmentationTask
+from xutrain.errors import Issue, RecipeError
 from xutrain.registry import dataset
 
 Site = Literal["mni152", "colin27", "macaque"]
@@ -43,7 +44,7 @@ class MedicalBrains:
 
     @staticmethod
     def build(options: Options, seed: int) -> SegmentationTask:
-        """Raises DataError with the command to run where the set is not prepared."""
+        """Raises DataError with the command to run where the set is not prepared, RecipeError where a site has too few slices."""
         arrays = store.open_arrays("medical_brains")
         names = (*options.sites, *options.unseen)
         missing = [f"{site}_{part}" for site in FILES for part in ("image", "labels") if f"{site}_{part}" not in arrays]
@@ -61,11 +62,16 @@ def _site(site: str, number: int, arrays: dict[str, np.ndarray], options: Medica
     """Slices of one site by split; all of them are test slices of an unseen site."""
     labels = arrays[f"{site}_labels"]
     rows = np.flatnonzero((labels > 0).mean(axis=(1, 2)) >= options.least)
+    if not len(rows):
+        raise RecipeError(Issue("data.least", f"leaves {site} no slices", options.least, "lower it"))
     pitch = options.block + options.gap
     inside = np.arange(len(rows)) % pitch < options.block
     blocks = [f"{site}/block{at // pitch:02d}" for at in range(len(rows))]
     images, masks = _resized(arrays[f"{site}_image"][rows], labels[rows], options.size)
     cases = share(blocks) if known else {"testing": blocks}
+    if known and not (cases["training"] and cases["testing"]):
+        what = f"leaves {site} {len(set(blocks))} blocks of its {len(rows)} slices, too few to train and to test on"
+        raise RecipeError(Issue("data.block", what, options.block, "smaller blocks, or a lower data.least"))
     found = {}
     for key, mine in cases.items():
         chosen = np.flatnonzero(inside & np.isin(blocks, mine))

@@ -86,7 +86,8 @@ def find_list(value: str, root: str) -> Path:
 def read_list(site: str, file: Path, root: str = "", *, unseen: bool = False, fold: int | None = None) -> list[Item]:
     """Items of one site. Paths are relative to ``root``, or else to the folder of the list.
 
-    A list without ``testing`` is dealt by ``share``; with ``fold``, training items of that fold become validation items. Of an unseen
+    A list without ``testing`` is dealt by ``share``, or tests on its validation items where it has some; with ``fold``, training items of
+    that fold become validation items. Of an unseen
     site only testing items are taken, or all of them where the list has no such key. Items without a label are no use here: an error,
     except under the key ``test`` of the MSD, which is passed over.
 

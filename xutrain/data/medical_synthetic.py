@@ -165,9 +165,10 @@ def _painter(style: Style, options: MedicalSynthetic.Options) -> Callable[[Key],
 
     def paint(key: Key) -> tuple[np.ndarray, np.ndarray]:
         state = np.random.RandomState(key.words[0])
-        labels = np.zeros(sides, dtype=np.int32)
-        while (labels == 2).mean() < 0.01:
+        labels, draws = np.zeros(sides, dtype=np.int32), 0
+        while (labels == 2).mean() < 0.01 * 0.5 ** (draws // 50):  # a few small balls may never fill a hundredth of a volume
             _, labels = create(*sides, num_objs=options.objects, rad_max=most, rad_min=least, num_seg_classes=2, random_state=state)
+            draws += 1
         for axis in range(labels.ndim):  # nearest neighbour
             at = (np.arange(side) * labels.shape[axis]) // side
             labels = labels.take(at, axis)

@@ -63,9 +63,8 @@ class VerticalData:
 
     def pooled(self) -> VerticalData:
         """The same samples with all columns in one party."""
-        first = self.parties[0]
-        stack = sparse.hstack if sparse.issparse(first.train) else np.hstack
-        as_matrix = sparse.csr_matrix if sparse.issparse(first.train) else np.ascontiguousarray
+        some = any(sparse.issparse(p.train) for p in self.parties)  # then all of it is sparse
+        stack, as_matrix = (sparse.hstack, sparse.csr_matrix) if some else (np.hstack, np.ascontiguousarray)
         both = [as_matrix(stack([getattr(p, split) for p in self.parties])) for split in ("train", "test")]
         block = PartyBlock("pooled", [c for p in self.parties for c in p.columns], both[0], both[1])
         return VerticalData(self.name, [block], self.y, self.y_test, self.task, "pooled", self.classes, self.synthetic, self.notes)
@@ -83,11 +82,17 @@ def split_columns(d: int, parties: int, where: str = "data.parties") -> list[ran
 
 
 def split_rows(ids: Sequence[str], fraction: float, salt: str = "test") -> NDArray[np.bool_]:
-    """True for test rows: a hash of the id decides, so every party splits alike without talking. Shape (n,)."""
+    """True for test rows: a hash of the id decides, so every party splits alike without talking. Shape (n,).
+
+    Raises DataError where no row is left for training.
+    """
     limit = int(fraction * 2**32)
-    return np.array(
+    test = np.array(
         [int.from_bytes(hashlib.blake2b(f"{salt}|{i}".encode(), digest_size=4).digest(), "little") < limit for i in ids], dtype=bool
     )
+    if len(test) and test.all():
+        raise DataError(Issue("data.test_fraction", f"leaves no row for training of {len(test)}", fraction, "lower it"))
+    return test
 
 
 def binary_labels(values: NDArray, where: str) -> NDArray[np.float64]:
@@ -159,12 +164,16 @@ def _id_column(path: Path, header: list[str], name: str) -> int:
 
 
 def label_values(table: Table, task: str, label: str) -> NDArray:
-    """The label column as numbers. Raises DataError naming file and row."""
+    """The label column as numbers; classes are whole numbers from 0. Raises DataError naming file and row."""
     assert table.label is not None
     values = np.array([_number(cell, table.path, at, label) for at, cell in enumerate(table.label)])
-    if np.isnan(values).any():
-        at = int(np.flatnonzero(np.isnan(values))[0])
-        raise DataError(Issue(f"{table.path}:{at + 2}", "missing label", table.label[at], "drop rows without a label"))
+    if not np.isfinite(values).all():
+        at = int(np.flatnonzero(~np.isfinite(values))[0])
+        what = "missing label" if np.isnan(values[at]) else "the label is infinite"
+        raise DataError(Issue(f"{table.path}:{at + 2}", what, table.label[at], "drop rows without a label"))
+    if task == "classes" and ((values < 0) | (values != np.floor(values))).any():
+        at = int(np.flatnonzero((values < 0) | (values != np.floor(values)))[0])
+        raise DataError(Issue(f"{table.path}:{at + 2}", "classes must be whole numbers from 0", table.label[at], "number them first"))
     if task == "binary":
         return binary_labels(values, f"{table.path}: column {label}")
     return values.astype(np.int64) if task == "classes" else values
@@ -218,6 +227,8 @@ def fit_preprocessing(
         seen = numbers[~np.isnan(numbers)]
         with np.errstate(over="ignore"):
             mean, spread = (float(seen.mean()), float(seen.std())) if len(seen) else (0.0, 0.0)
+        if len(seen) and seen.min() == seen.max():  # a mean of equal numbers is off by a rounding error
+            mean, spread = float(seen[0]), 0.0
         if not np.isfinite(spread):
             raise DataError(Issue(str(path), f"the values of column {name} are too large to standardise", float(np.abs(seen).max())))
         steps["columns"][name] = {"mean": [mean], "scale": _scale(np.array([spread])).tolist()}
@@ -300,7 +311,7 @@ def read_libsvm(path: Path, features: int | None = None, zero_based: str = "auto
             row = [i for i, _ in pairs]
             if len(set(row)) != len(row) or (row and min(row) < 0):
                 raise DataError(Issue(f"{path}:{number}", "an index is repeated or negative", line.strip()[:60]))
-            if not all(np.isfinite(v) for _, v in pairs):
+            if not all(np.isfinite(v) for v in (labels[-1], *(v for _, v in pairs))):
                 raise DataError(Issue(f"{path}:{number}", "NaN or infinite value", line.strip()[:60]))
             indices += row
             values += [v for _, v in pairs]

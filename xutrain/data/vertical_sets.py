@@ -186,7 +186,9 @@ class LibSVM:
         test_path: str | None = Field(None, description="Test file; without it test_fraction of the rows.")
         task: Literal["binary", "regression", "classes"] = Field("binary", description="Kind of label.")
         features: int | None = Field(None, ge=1, description="Number of features, if the files do not show all of them.")
-        zero_based: Literal["auto", "yes", "no"] = Field("auto", description="Base of the indices in the file (quoted words).")
+        zero_based: Literal["auto", "yes", "no"] = Field(
+            "auto", description="Base of the indices in both files (quoted words); auto: an index 0 in either means 0."
+        )
         dense: bool = Field(False, description="Keep dense arrays (for few features).")
         standardise_target: bool = Field(False, description="Regression: subtract the training mean of y, divide by its deviation.")
 
@@ -197,6 +199,10 @@ class LibSVM:
         notes = [note]
         if options.test_path:
             x2, y2, note2 = read_libsvm(Path(options.test_path), options.features, options.zero_based)
+            if ("0-based" in note) != ("0-based" in note2):  # an index 0 in one of them says that both count from 0
+                x, y, note = read_libsvm(Path(options.path), options.features, "yes")
+                x2, y2, note2 = read_libsvm(Path(options.test_path), options.features, "yes")
+                notes = [note]
             d = max(x.shape[1], x2.shape[1])
             x.resize(x.shape[0], d)
             x2.resize(x2.shape[0], d)

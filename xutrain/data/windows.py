@@ -79,7 +79,7 @@ def documents(path: Path) -> Iterator[str]:
     opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8") as stream:
-            if ".json" in path.suffixes or path.suffix == ".jsonl":
+            if {".json", ".jsonl"} & set(path.suffixes):
                 for number, line in enumerate(stream, 1):
                     try:
                         yield str(json.loads(line)["text"])

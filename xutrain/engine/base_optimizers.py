@@ -31,15 +31,19 @@ class BaseOptimizer(Protocol):
         """Take ``state()`` of an earlier process back."""
 
 
-def base_optimizer(options: PretrainOptimizer, layout: list[Slice]) -> BaseOptimizer:
-    """A fresh optimizer for one worker. Raises RecipeError for a torch class or argument that does not exist."""
+def base_optimizer(options: PretrainOptimizer, layout: list[Slice], like: Tensor | None = None) -> BaseOptimizer:
+    """A fresh optimizer for one worker, whose vectors will be of the type and on the device of ``like`` (None: float32, CPU).
+
+    Raises:
+        RecipeError: a torch class or argument that does not exist.
+    """
     if options.name == "adamw":
         return FlatAdamW(options, layout)
     if options.name == "lion":
         return FlatLion(options, layout)
     if options.name == "sgd":
         return DecayedSGD(options, layout)
-    return TorchOptimizer(options, layout)
+    return TorchOptimizer(options, layout, like)
 
 
 def decayed(layout: list[Slice], what: str) -> list[tuple[int, int]]:
@@ -133,7 +137,7 @@ class DecayedSGD:
 class TorchOptimizer:
     """Any optimizer of torch.optim, on parameters that are views of the worker's vector."""
 
-    def __init__(self, options: PretrainOptimizer, layout: list[Slice]) -> None:
+    def __init__(self, options: PretrainOptimizer, layout: list[Slice], like: Tensor | None = None) -> None:
         self.options, self.layout = options, layout
         cls = getattr(torch.optim, options.torch_class, None)
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or options.torch_class in (
@@ -143,7 +147,11 @@ class TorchOptimizer:
         ):
             hint = "a class of torch.optim that steps from gradients alone, for example Adagrad, NAdam or RMSprop"
             raise RecipeError(Issue("optimizer.torch_class", "no such optimizer", options.torch_class, hint))
-        self.parameters = [nn.Parameter(torch.zeros(part.shape)) for part in layout]
+        if "weight_decay" in options.torch_options:
+            what, hint = "weight_decay has a key of its own", f"optimizer.weight_decay={options.torch_options['weight_decay']}"
+            raise RecipeError(Issue("optimizer.torch_options", what, options.torch_options, hint))
+        zero = torch.zeros(1) if like is None else like.new_zeros(1)  # state is made, and loaded, on the parameters' device
+        self.parameters = [nn.Parameter(zero.new_zeros(part.shape)) for part in layout]
         matrices = [p for p in self.parameters if options.decay == "all" or p.ndim >= 2]
         others = [p for p in self.parameters if not (options.decay == "all" or p.ndim >= 2)]
         groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]

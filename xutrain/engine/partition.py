@@ -116,14 +116,21 @@ def _refuse_ties(module: nn.Module, layers: Sequence[nn.Module], bounds: Sequenc
 def block_of(layers: Sequence[nn.Module], start: int, stop: int) -> nn.Sequential:
     """One stage's block. Layers that work in place are told not to: a stage keeps its input for the recomputation."""
     block = nn.Sequential(*layers[start:stop])
-    for part in block.modules():
-        if getattr(part, "inplace", False) is True:
-            setattr(part, "inplace", False)  # noqa: B010, nn.Module declares its attributes as tensors
+    _keep_inputs(block)
     return block
 
 
+def _keep_inputs(block: nn.Module) -> None:
+    for part in block.modules():
+        if getattr(part, "inplace", False) is True:
+            setattr(part, "inplace", False)  # noqa: B010, nn.Module declares its attributes as tensors
+
+
 def layer_seconds(layers: Sequence[nn.Module], inputs: Tensor, repeats: int = 3) -> list[tuple[float, float]]:
-    """Measured (forward, backward) seconds of each layer on one batch, best of ``repeats``, and leaves statistics alone."""
+    """Measured (forward, backward) seconds of each layer on one batch, best of ``repeats``. Leaves statistics alone; no layer works in
+    place, as in ``block_of``."""
+    for layer in layers:
+        _keep_inputs(layer)
     states = [{n: b.clone() for n, b in layer.named_buffers()} for layer in layers]
     found = [(float("inf"), float("inf"))] * len(layers)
     for _ in range(repeats + 1):

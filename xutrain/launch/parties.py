@@ -329,7 +329,8 @@ def audit(recipe: Any, attack: str, known: int) -> dict[str, Any]:
         says = [f"{len(names)} parties; a pair of trees from which one party alone learns a product is refused"]
         return {"attack": attack, "says": says, "columns": ["trees", "verdict", "smallest coalition that learns", "T1", "T2"], "rows": rows}
     data = load_data(recipe)
-    holder = names.index(recipe.labels[0]) if isinstance(recipe.labels, list) else names.index(data.label_holder)
+    named = isinstance(recipe.labels, list) and len(names) > 1
+    holder = names.index(recipe.labels[0] if named else data.label_holder)
     if attack == "labels":
         if recipe.loss != "logistic":
             raise UsageError(Issue("loss", "the sign attack is on logistic signals", recipe.loss))

@@ -18,7 +18,7 @@ from typing import Any
 
 from xutrain.engine.record import read_json, write_json
 from xutrain.errors import Failed, Issue, RecipeError, XutrainError
-from xutrain.launch.plan import RunPlan, plan
+from xutrain.launch.plan import RunPlan, check_processes, plan
 from xutrain.launch.run import launch
 from xutrain.launch.torchrun import die_with_parent
 from xutrain.recipe.load import Loaded, load
@@ -45,25 +45,28 @@ class Job:
 
 
 def prepare(table: Table, *, out: Path, nproc: int = 1, fresh: bool = False, launcher: str | None = None) -> list[Job]:
-    """The runs of a suite, first seeds first; validates every cell. Raises RecipeError with the faults of all cells."""
+    """The runs of a suite, first seeds first; validates every cell before ``fresh`` moves a folder.
+
+    Raises RecipeError with the faults of all cells, UsageError where ``nproc`` does not fit one.
+    """
     jobs: list[Job] = []
     wrong: dict[tuple[str, str], Issue] = {}
     ready: dict[str, Loaded] = {}
     for cell in table.cells:
         try:
             ready[cell.key] = load(cell.recipe, None, cell.overrides, smoke=table.smoke)
+            check_processes(ready[cell.key].recipe, nproc)
         except RecipeError as error:
             for issue in error.issues:
                 where = f"suite {table.name}, {cell.key}: {issue.where}"
                 wrong[issue.where, issue.what] = Issue(where, issue.what, issue.value, issue.hint, issue.has_value)
-    for seed in table.seeds:
-        for cell in table.cells:
-            if cell.key in ready:
-                loaded = ready[cell.key]
-                seeded = replace(loaded, recipe=loaded.recipe.model_copy(update={"seed": seed}))
-                jobs.append(Job(cell, seed, plan(seeded, out=out, nproc=nproc, fresh=fresh, launcher=launcher, verbosity=-1)))
     if wrong:
         raise RecipeError(*wrong.values())
+    for seed in table.seeds:
+        for cell in table.cells:
+            loaded = ready[cell.key]
+            seeded = replace(loaded, recipe=loaded.recipe.model_copy(update={"seed": seed}))
+            jobs.append(Job(cell, seed, plan(seeded, out=out, nproc=nproc, fresh=fresh, launcher=launcher, verbosity=-1)))
     return jobs
 
 

@@ -140,7 +140,7 @@ def forecast(recipe: Any, ctx: Context | None = None) -> Forecast:
     """
     ctx = ctx or Context(recipe.seed)
     job, absent = outlined(recipe, ctx)
-    given = _given(recipe, ctx)
+    given = _given(recipe, ctx, job)
     first = given.step if given else 0
     before = job.method.planned_bits(first) if first else {}
     parts = {n: (p[0] - before.get(n, (0, 0))[0], p[1] - before.get(n, (0, 0))[1]) for n, p in job.method.planned_bits(job.steps).items()}
@@ -218,9 +218,9 @@ def _share_buffers(policy: str, job: Job, ctx: Context) -> None:
 
 
 def _buffer_bits(policy: str, job: Job) -> tuple[int, int]:
-    """Bits (up, down) of one exchange of buffers: all workers send to all (mean), or worker 0 to the others (first)."""
+    """Bits (up, down) of one exchange of buffers: a mean in full precision, or worker 0 to the others (first)."""
     count, bits = job.workers.count, 32 * job.replica.num_buffer_elements
-    return {"mean": (count * bits, count * (count - 1) * bits), "first": (bits, (count - 1) * bits), "local": (0, 0)}[policy]
+    return {"mean": job.exchange.dense_bits(job.replica.num_buffer_elements), "first": (bits, (count - 1) * bits), "local": (0, 0)}[policy]
 
 
 def _measure(recipe: Any, job: Job, ctx: Context, splits: tuple[str, ...]) -> dict[str, float]:
@@ -291,14 +291,26 @@ def _restore(job: Job, saved: Saved, ctx: Context, record: Record) -> int:
     return saved.step
 
 
-def _given(recipe: Any, ctx: Context) -> Saved | None:
-    """The checkpoint of another run that the recipe starts from."""
+def _given(recipe: Any, ctx: Context, job: Job) -> Saved | None:
+    """The checkpoint of another run that the recipe starts from. Raises RecipeError where it does not fit this one."""
     folder = getattr(recipe, "resume_from", None)
     if folder is None:
         return None
     saved = Checkpoints(Path(folder), recipe.checkpoint, ctx).latest(own=False)
     if saved is None:
         raise RecipeError(Issue("resume_from", "has no whole checkpoint", folder, "name a run folder, as `xutrain runs ls` prints them"))
+    there = {**saved.shared.get("method", {}), **(saved.worker(saved.workers[0]) if saved.workers else {})}
+    shared, workers = job.method.state()
+    missing = {*shared, *workers[job.workers.hosted.start]} - set(there) if workers else set(shared) - set(there)
+    if missing:
+        what, hint = f"holds no {', '.join(sorted(missing))}, which method {recipe.method.name} needs", "go on with the method of that run"
+        raise RecipeError(Issue("resume_from", what, folder, hint))
+    if there["x"].numel() != job.replica.numel:
+        what = f"holds a model of {there['x'].numel()} parameters, this recipe's has {job.replica.numel}"
+        raise RecipeError(Issue("resume_from", what, folder))
+    if saved.step >= job.steps:
+        what = f"is at step {saved.step} already, and this run ends at step {job.steps}"
+        raise RecipeError(Issue("resume_from", what, folder, "set train.steps: they count from the start of that run"))
     return saved
 
 
@@ -308,17 +320,9 @@ def _adopt(job: Job, recipe: Any, ctx: Context, record: Record) -> int:
     All per-worker state is linear in what was produced and sent, so the mean residual, and with it the virtual point
     y = x - mean residual, is what it was.
     """
-    saved = _given(recipe, ctx)
+    saved = _given(recipe, ctx, job)
     if saved is None:
         return 0
-    if saved.shared["method"]["x"].numel() != job.replica.numel:
-        raise RecipeError(
-            Issue(
-                "resume_from",
-                f"holds a model of {saved.shared['method']['x'].numel()} parameters, this recipe's has {job.replica.numel}",
-                recipe.resume_from,
-            )
-        )
     mean = _mean_state([saved.worker(w) for w in saved.workers])
     job.method.load_state(saved.shared["method"], lambda worker: {k: v.clone() for k, v in mean.items()})
     job.buffers = [mean["buffers"].clone() for _ in job.workers.hosted]

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from xutrain.data.windows import BYTES, embedded
 from xutrain.engine.rng import Key
-from xutrain.errors import Diverged, Issue, Stopped
+from xutrain.errors import Diverged, Issue, RecipeError, Stopped
 from xutrain.models.decoder import Decoder
 from xutrain.models.moe import Architecture
 from xutrain.models.shards import Source, write_checkpoint
@@ -88,6 +88,8 @@ def train(size: Any, seed: int, say: Callable[[int, int, float], None], stop: Ca
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=size.lr, betas=(0.9, 0.95))
     data = embedded()["train"]
+    if size.length >= len(data):
+        raise RecipeError(Issue("model.embedded.length", f"the embedded text has {len(data)} bytes", size.length, "lower it"))
     for step in range(size.steps):
         if stop():
             raise Stopped(Issue("model.embedded", f"stopped while the model was trained, step {step} of {size.steps}", has_value=False))

@@ -42,6 +42,7 @@ class Job:
         kept: what the hosted clients keep.
         taken: local steps that each client has done so far, all clients.
         eval: the recipe's section on measuring.
+        initial: batch-norm statistics before round 0, with which a client begins that keeps its own.
         extras: further networks that the method wants.
         seen: round and metrics of every measurement so far.
     """
@@ -57,6 +58,7 @@ class Job:
     server: State
     taken: list[int]
     eval: Any
+    initial: Tensor
     extras: dict[str, Extra] = field(default_factory=dict)
     kept: dict[int, Kept] = field(default_factory=dict)
     seen: list[dict[str, float]] = field(default_factory=list)
@@ -129,6 +131,7 @@ def build(recipe: Any, ctx: Context) -> Job:
         {**method.server_state(theta), BUFFERS: buffers},
         [0] * clients,
         recipe.eval,
+        buffers,
         extras,
     )
 
@@ -263,7 +266,8 @@ class _Merged:
         kept = self.recall(kept, plan)
         problem = ClientData(job.bench, client, job.parts[client], job.taken[client], extras=job.extras)
         if job.policy != "none":
-            start = kept.buffers if job.policy == "local" and kept.buffers is not None else job.buffers
+            own = job.initial if kept.buffers is None else kept.buffers
+            start = own if job.policy == "local" else job.buffers
             job.replica.load_buffers(start)
             if job.policy == "mean" and self.exchange == 0:
                 job.uplink.count_buffers(start.numel())

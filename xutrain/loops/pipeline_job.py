@@ -158,8 +158,16 @@ def _measured(layers: list[nn.Module], sample: Batch, recipe: Any, ctx: Context,
 
 
 def _names(module: nn.Module, blocks: list[nn.Sequential]) -> list[Names]:
-    whole = {id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
-    return [[(key, whole[id(t)], tuple(t.shape), t.dtype) for key, t in block.state_dict(keep_vars=True).items()] for block in blocks]
+    """A tensor that the network has under several names (tied weights) keeps all of them."""
+    whole: dict[int, list[str]] = {}
+    for name, t in module.state_dict(keep_vars=True).items():
+        whole.setdefault(id(t), []).append(name)
+
+    def name_of(t: Tensor) -> str:
+        names = whole[id(t)]
+        return names.pop(0) if len(names) > 1 else names[0]
+
+    return [[(key, name_of(t), tuple(t.shape), t.dtype) for key, t in block.state_dict(keep_vars=True).items()] for block in blocks]
 
 
 def negotiate(job: Job, inputs: Tensor) -> list[Message]:

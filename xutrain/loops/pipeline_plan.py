@@ -77,7 +77,8 @@ def predict(
 def search_delays(d: list[float], c: float, inputs: list[int], memory: int | None, longest: int) -> Delays:
     """The smallest p_k + q_k that make the law's seconds least, within a memory and a staleness bound.
 
-    Adding a tick to the boundary that sets the pace never hurts the others, so one at a time is optimal.
+    Adding a tick to the boundary that sets the pace never hurts the others, so one at a time is optimal; ticks that do not
+    lower the pace in the end, because a bound stops the search, are not taken.
 
     Args:
         d: seconds of an iteration by stage.
@@ -88,17 +89,18 @@ def search_delays(d: list[float], c: float, inputs: list[int], memory: int | Non
     """
     stages = len(d)
     ticks = [2] * (stages - 1)
-    best = _delays(ticks, stages)
+    best, least = _delays(ticks, stages), math.inf
     while stages > 1:
         pace = [(d[k] + d[k + 1] + 2 * c) / ticks[k] for k in range(stages - 1)]
         worst = max(range(stages - 1), key=pace.__getitem__)
+        if pace[worst] < least:
+            best, least = _delays(ticks, stages), pace[worst]
         if pace[worst] <= max(d) * (1 + 1e-9):
             break
         ticks[worst] += 1
         wider = _delays(ticks, stages)
         if wider.m[0] > longest or (memory is not None and max(stored(wider, inputs)) > memory):
             break
-        best = wider
     return best
 
 

@@ -21,7 +21,7 @@ from xutrain.engine.pulse import Pulse
 from xutrain.engine.record import Record
 from xutrain.engine.schedule import factor
 from xutrain.engine.stop import Stop
-from xutrain.errors import Diverged, Issue, Stopped
+from xutrain.errors import Diverged, Issue, Stopped, UsageError
 from xutrain.launch.plan import Forecast
 from xutrain.loops.pipeline_job import Job, build, evaluate, restore_stage, stage_state
 from xutrain.loops.pipeline_ledger import Ledger
@@ -62,9 +62,15 @@ def forecast(recipe: Any) -> Forecast:
     return Forecast(job.steps, bits, bits, recipe.stages, details)
 
 
+def drain_every(recipe: Any, per_epoch: int) -> int | None:
+    """Batches between two drains of the queues; None: only the end."""
+    found: dict[str, int | None] = {"end": None, "checkpoint": recipe.checkpoint.every, "epoch": per_epoch}
+    return found[recipe.runtime.drain]
+
+
 def segments_of(recipe: Any, steps: int, per_epoch: int) -> list[tuple[int, int]]:
     """Ranges of batches after which the queues run empty."""
-    every = {"end": None, "checkpoint": recipe.checkpoint.every, "epoch": per_epoch}[recipe.runtime.drain]
+    every = drain_every(recipe, per_epoch)
     cuts = list(range(every, steps, every)) if every else []
     return list(zip([0, *cuts], [*cuts, steps], strict=True))
 
@@ -253,10 +259,15 @@ class Pipeline:
             for s in self.job.stages
         }
         shared = {"start": start, "tick": tick, "bounds": self.job.bounds, "iterations": self.iterations, "meter": self.ctx.meter.state()}
+        shared["drain_every"] = drain_every(self.recipe, self.job.steps_per_epoch)
         self.checkpoints.save(step, shared=shared, workers=states, model=self.job.state_dict())
 
     def _restore(self, saved: Saved) -> int:
-        shared = saved.shared
+        shared, every = saved.shared, drain_every(self.recipe, self.job.steps_per_epoch)
+        if (began := shared.get("drain_every", every)) != every:  # a checkpoint of an earlier version does not say
+            what = f"the run began with {began}; where its queues drain is part of what it computes (runtime.drain=checkpoint)"
+            hint = f"checkpoint.every={'null' if began is None else began} goes on; --fresh begins anew"
+            raise UsageError(Issue("checkpoint.every", what, every, hint))
         self.start, self.tick, self.iterations = shared["start"], shared["tick"], shared["iterations"]
         self.ctx.meter.load_state(shared["meter"])
         for stage in self.job.stages:

@@ -46,7 +46,7 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
     arch = Architecture.read(dense)
     check(recipe, arch)
     texts = {name: text_windows(recipe, source, dense) for name, source in recipe.evaluation.texts.items()}
-    tokens = calibration(recipe, dense)
+    tokens, study = calibration(recipe, dense), study_tokens(recipe, dense)
 
     report = prune(recipe, ctx, record, stop, dense, tokens)
     final = record.folder / "pruned"
@@ -63,8 +63,8 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
         metrics["local_error"] = local_error(recipe, ctx, record, dense, final, texts)
     if recipe.evaluation.skipping:
         metrics["perplexity_skipping"] = skipping(recipe, ctx, final, tokens, texts)
-    if recipe.distill is not None:
-        final = (distil_streamed if recipe.distill.mode == "layers" else distil)(recipe, ctx, record, stop, dense, final)
+    if study is not None:
+        final = (distil_streamed if recipe.distill.mode == "layers" else distil)(recipe, ctx, record, stop, dense, final, study)
         metrics |= measured(recipe, ctx, record, "distilled", final, texts, "")
     more = 0 if recipe.distill is None else arch.layers if recipe.distill.mode == "layers" else recipe.distill.steps
     record.forget(*metrics)  # of a start that was killed just after
@@ -156,6 +156,22 @@ def calibration(recipe: Any, dense: Path) -> Tensor:
     return windows.file_samples(Path(c.source), tokenizer_of(recipe, dense), c.samples, c.length, key)
 
 
+def study_tokens(recipe: Any, dense: Path) -> Tensor | None:
+    """What distillation reads: windows (n, length), or the embedded text (n,) that steps of mode ``whole`` cut windows from; None
+    without distillation. Asked for before the pruning: a text that will not do is found at once."""
+    if (d := recipe.distill) is None:
+        return None
+    length, key = d.length + (d.mode == "whole"), Key(recipe.seed, "distill")  # the last token of a window is a target only
+    if d.source != "embedded":
+        return windows.file_samples(Path(d.source), tokenizer_of(recipe, dense), d.samples, length, key)
+    text = embedded_tokens(recipe, dense, "train")
+    if d.mode == "layers":
+        return windows.draw(text, d.samples, length, key, "distill")
+    if len(text) <= length:
+        raise DataError(Issue("distill.length", f"the text has only {len(text)} tokens", d.length, "lower it"))
+    return text
+
+
 def prune(recipe: Any, ctx: Context, record: Record, stop: Stop, dense: Path, tokens: Tensor) -> Report:
     """One pass over the checkpoint, layer by layer; continues where an earlier start was stopped."""
     method = registry.load("method", recipe.method.name, verb="prune")(recipe.method)
@@ -239,20 +255,15 @@ def skipping(recipe: Any, ctx: Context, folder: Path, tokens: Tensor, texts: dic
     return found
 
 
-def distil_streamed(recipe: Any, ctx: Context, record: Record, stop: Stop, dense: Path, pruned: Path) -> Path:
+def distil_streamed(recipe: Any, ctx: Context, record: Record, stop: Stop, dense: Path, pruned: Path, tokens: Tensor) -> Path:
     """Distil layer by layer from disk to disk, masks kept; the processes share the experts."""
-    d, out, key = recipe.distill, record.folder / "distilled", Key(recipe.seed, "distill")
-    layers = Architecture.read(dense).layers
-    if d.source == "embedded":
-        tokens = windows.draw(embedded_tokens(recipe, dense, "train"), d.samples, d.length, key, "distill")
-    else:
-        tokens = windows.file_samples(Path(d.source), tokenizer_of(recipe, dense), d.samples, d.length, key)
+    out, layers = record.folder / "distilled", Architecture.read(dense).layers
 
     def after(done: int, total: int) -> bool:
         record.progress(done, total, unit="distilled layer")
         return stop.requested(layers + done)
 
-    rows = distil_layers(dense, pruned, record.folder / "masks", out, tokens, d, seed=recipe.seed, progress=after,
+    rows = distil_layers(dense, pruned, record.folder / "masks", out, tokens, recipe.distill, seed=recipe.seed, progress=after,
                          save_every=recipe.checkpoint.every or 1, **_how(recipe, ctx))  # fmt: skip
     record.rewind(layers)
     for layer in sorted({r["layer"] for r in rows}):
@@ -266,7 +277,7 @@ def _how(recipe: Any, ctx: Context) -> dict[str, Any]:
     return {"compute": compute, "device": ctx.device, "workers": ctx.workers(ctx.processes), "batch": recipe.batch, "chunk": recipe.chunk}
 
 
-def distil(recipe: Any, ctx: Context, record: Record, stop: Stop, dense: Path, pruned: Path) -> Path:
+def distil(recipe: Any, ctx: Context, record: Record, stop: Stop, dense: Path, pruned: Path, tokens: Tensor) -> Path:
     """Distil the pruned model from the dense one, masks kept; every process computes the same."""
     out, d = record.folder / "distilled", recipe.distill
     if (out / "config.json").exists():
@@ -286,24 +297,17 @@ def distil(recipe: Any, ctx: Context, record: Record, stop: Stop, dense: Path, p
         distiller.optimizer.load_state_dict(saved.shared["optimizer"])
         distiller.factor = saved.shared["factor"]
     record.rewind(arch.layers + first)
-    text = embedded_tokens(recipe, dense, "train") if d.source == "embedded" else None
-    drawn = (
-        None
-        if text is not None
-        else windows.file_samples(Path(d.source), tokenizer_of(recipe, dense), d.samples, d.length + 1, Key(recipe.seed, "distill"))
-    )
 
     for step in range(first, d.steps):
         if stop.requested(arch.layers + step):
             _save(checkpoints, distiller, step)
             raise Stopped(Issue(str(record.folder), f"stopped after distillation step {step} of {d.steps}", has_value=False))
         generator = Key(recipe.seed, "distill/batch", step).generator()
-        if drawn is None and text is not None:
-            starts = torch.randint(len(text) - d.length - 1, (d.batch_size,), generator=generator).tolist()
-            batch = torch.stack([text[s : s + d.length + 1] for s in starts])
+        if tokens.ndim == 1:
+            starts = torch.randint(len(tokens) - d.length - 1, (d.batch_size,), generator=generator).tolist()
+            batch = torch.stack([tokens[s : s + d.length + 1] for s in starts])
         else:
-            assert drawn is not None
-            batch = drawn[torch.randint(len(drawn), (d.batch_size,), generator=generator)]
+            batch = tokens[torch.randint(len(tokens), (d.batch_size,), generator=generator)]
         losses = distiller.step(batch, rate(d, step))
         if not math.isfinite(losses.ce + losses.expert):
             raise Diverged(Issue("distill", f"the loss is not finite at step {step}", losses.ce, "lower distill.lr"))

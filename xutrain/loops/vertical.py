@@ -113,14 +113,14 @@ def run(recipe: Any, ctx: Context, record: Record) -> dict[str, float]:
         if net.steps == done or net.steps == plan.total_steps:
             continue
         done = net.steps
-        if stop.requested(done):
-            _save(checkpoints, job, ctx, done)
-            raise Stopped(Issue(str(record.folder), f"stopped after step {done} of {plan.total_steps}", has_value=False))
         if every and done % every == 0:
             net.count(ctx.meter)
             found = measure(recipe, job, references)
             record.log(done, found, epoch=done / epoch)
             record.progress(done, plan.total_steps, objective=found["objective"])
+        if stop.requested(done):
+            _save(checkpoints, job, ctx, done)
+            raise Stopped(Issue(str(record.folder), f"stopped after step {done} of {plan.total_steps}", has_value=False))
         if checkpoints.due(done):
             _save(checkpoints, job, ctx, done)
 

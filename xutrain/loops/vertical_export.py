@@ -47,9 +47,9 @@ def merged(files: list[tuple[Path, Any]]) -> dict[str, Any]:
     intercept = np.zeros(np.array(first["weights"]).shape[1:])
     for party in first["parties"]:
         model = found[party]
-        mean, scale = _coding(model)
-        for column, w, m, s in zip(model["columns"], np.array(model["weights"]), mean, scale, strict=True):
-            if column == "intercept":
+        mean, scale, coded = _coding(model)
+        for at, (column, w, m, s) in enumerate(zip(model["columns"], np.array(model["weights"]), mean, scale, strict=True)):
+            if column == "intercept" and at >= coded:
                 intercept = intercept + w
                 continue
             intercept = intercept - w * m / s
@@ -59,12 +59,12 @@ def merged(files: list[tuple[Path, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _coding(model: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Mean and scale of every coded column, 0 and 1 for those that were taken as they are."""
+def _coding(model: dict[str, Any]) -> tuple[list[float], list[float], int]:
+    """Mean and scale of every coded column, 0 and 1 for those that were taken as they are; how many were coded."""
     mean: list[float] = []
     scale: list[float] = []
     for step in model["preprocessing"].get("columns", {}).values():
         mean += step["mean"]
         scale += step["scale"]
     rest = len(model["columns"]) - len(mean)
-    return mean + [0.0] * rest, scale + [1.0] * rest
+    return mean + [0.0] * rest, scale + [1.0] * rest, len(mean)

@@ -214,11 +214,13 @@ class Decoder(nn.Module):
         return layers
 
     def initialise(self, generator: torch.Generator, std: float = 0.02) -> None:
-        """Normal weights with standard deviation ``std``, norms one."""
+        """Normal weights with standard deviation ``std``, norms one, biases (of attention, where a family has them) zero."""
         with torch.no_grad():
-            for parameter in self.parameters():
+            for name, parameter in self.named_parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(0.0, std, generator=generator)
+                elif name.endswith(".bias"):
+                    parameter.zero_()
 
     def load(self, source: Source) -> None:
         """Fill every parameter from a checkpoint."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -83,6 +83,11 @@ class PipelineRecipe(Recipe):
     @property
     def participants_key(self) -> str:
         return "stages"
+
+    def also_computes(self) -> dict[str, Any]:
+        """Where the queues run empty."""
+        drains = self.runtime.drain == "checkpoint" and self.checkpoint.every is not None
+        return {"checkpoint.every": self.checkpoint.every} if drains else {}
 
     def issues(self) -> list[Issue]:
         found = [*super().issues(), *self.train.issues("train"), *self.schedule.issues("schedule")]

@@ -144,6 +144,10 @@ class Recipe(Options):
         codec = getattr(self, "codec", None)
         return None if codec is None else str(codec.name)
 
+    def also_computes(self) -> dict[str, Any]:
+        """Keys of sections that only watch a run, where this recipe computes with them all the same; they enter its identity."""
+        return {}
+
     def issues(self) -> list[Issue]:
         """Everything wrong between keys that are right alone."""
         return []

@@ -37,6 +37,13 @@ WHOLE_RUN: dict[str, frozenset[str]] = {
     "l2gd": frozenset({"pull_chance", "strength"}),
     "prr_fl": frozenset({"first_share", "last_share", "stages"}),
 }
+#: searched values for which a method has no use: its mean counts every client once or by its steps, or it draws its local steps
+UNUSED: dict[str, frozenset[str]] = {
+    "fedsm": frozenset({"weights"}),
+    "l2gd": frozenset({"local_work", "weights"}),
+    "prr_fl": frozenset({"weights"}),
+    "softpull": frozenset({"weights"}),
+}
 #: local work of a round that no run gets through
 MOST_WORK = 10**8
 #: agents that need at least one coordinate
@@ -176,6 +183,12 @@ class Search(Options):
         if not named:
             hint = "for example space: {lr: {low: 5.0e-4, high: 5.0e-2}, weights: {}}"
             found.append(Issue(f"{where}.space", "is empty: there is nothing to search", has_value=False, hint=hint))
+        for key in sorted(UNUSED.get(method.name, frozenset()) & named.keys()):
+            why = "draws its local steps itself" if key == "local_work" else "has weights of its own"
+            found.append(Issue(f"{where}.space.{key}", f"is of no use: {method.name} {why}", has_value=False, hint="leave it out"))
+        if method.name == "fedsm" and getattr(method, "mode", "") == "extra":
+            what = "has rounds in which no model travels, so clients have no loss to report"
+            found.append(Issue(where, f"{method.name} in mode extra {what}", has_value=False, hint="method.mode=joint, or search: null"))
         for key in ("server_lr", *self.space.knobs):
             if key in named:
                 found += _unknown(f"{where}.space.{key}", key, method)
@@ -221,6 +234,9 @@ class Search(Options):
             found.append(Issue(f"{where}.rollouts", "there is no server-side value to roll out", self.rollouts, hint))
         if self.rollouts and self.agent.name not in ("gaussian", "frozen"):
             found.append(Issue(f"{where}.rollouts", "only the gaussian agent learns from roll-outs", self.agent.name, "rollouts: 0"))
+        if getattr(self.agent, "natural_gradient", False) and getattr(self.agent, "cov", "fixed") != "fixed":
+            what = "would never be learnt: the natural gradient moves the mean only"
+            found.append(Issue(f"{where}.agent.cov", what, getattr(self.agent, "cov", ""), "agent.cov: fixed, or natural_gradient: false"))
         if self.rollouts and getattr(self.agent, "cov", "fixed") != "fixed":
             found.append(Issue(f"{where}.rollouts", "needs a fixed covariance", getattr(self.agent, "cov", ""), "agent.cov: fixed"))
         return found
@@ -252,9 +268,14 @@ def legal(method: Named, key: str, item: Range) -> tuple[float, float]:
 
 
 def _never_legal(where: str, key: str, item: Range, method: Named) -> list[Issue]:
-    """A range of which no value is legal: every draw would be set to the same bound."""
+    """A range of which no value is legal (every draw would be set to the same bound), or bounds that are not legal themselves."""
     if key == "weights":
         return []
+    low, high, open_low, open_high = (0.0, None, True, False) if key == "lr" else bounds(method, key)
+    if item.floor is not None and low is not None and (item.floor < low or (open_low and item.floor == low)):
+        return [Issue(f"{where}.floor", f"is no legal value of {key}", item.floor, f"{'above' if open_low else 'at least'} {low:g}")]
+    if item.ceiling is not None and high is not None and (item.ceiling > high or (open_high and item.ceiling == high)):
+        return [Issue(f"{where}.ceiling", f"is no legal value of {key}", item.ceiling, f"{'below' if open_high else 'at most'} {high:g}")]
     least, greatest = legal(method, key, item)
     if key == "local_work":
         least, greatest = max(least, 1.0), min(greatest, float(MOST_WORK))

@@ -135,6 +135,8 @@ class VerticalRecipe(Recipe):
             unknown = [p for p in self.labels if p not in names]
             if unknown or not self.labels:
                 found.append(Issue("labels", "must name parties", self.labels, f"parties: {', '.join(names)}"))
+            elif len(set(self.labels)) < len(self.labels):
+                found.append(Issue("labels", "names a party twice", self.labels))
         if self.time.slow_party is not None and self.time.slow_party not in names and not method.pooled:
             found.append(Issue("time.slow_party", "is no party", self.time.slow_party, f"parties: {', '.join(names)}"))
         if method.lockstep and train.mode != "sync":

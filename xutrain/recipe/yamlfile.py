@@ -14,7 +14,7 @@ from xutrain.errors import Issue, RecipeError
 
 MAX_BYTES = 1 << 20
 _INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
-_FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*)?\.?[0-9_]*(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|nan)$|^\.nan$", re.IGNORECASE)
+_FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:e[-+]?[0-9]+)?$|^[-+]?\.(?:inf|nan)$", re.IGNORECASE)
 
 
 class _Loader(yaml.SafeLoader):
@@ -65,9 +65,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))  # type: ignore[no-untyped-call]
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])  # type: ignore[no-untyped-call]
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(rf"(?=.*[0-9nf])(?:{_FLOAT.pattern})", re.IGNORECASE), list("-+0123456789.")
-)  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))  # type: ignore[no-untyped-call]
 
 
 def parse(text: str, where: str) -> Any:
@@ -137,6 +135,7 @@ def _represent_list(dumper: _Dumper, data: list[Any]) -> yaml.Node:
 
 
 _Dumper.add_representer(list, _represent_list)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))  # a text like 1e3 needs quotes here
 
 
 def dump(value: Any) -> str:

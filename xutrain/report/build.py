@@ -177,7 +177,7 @@ def _published(row: str, column: str, table: Table, papers: list[published.Paper
     for paper in papers:
         for key, found in paper.tables_of(table.name).items():
             number = found.number(row, column)
-            if number is not None and found.metric == table.suite.metric:
+            if number is not None and found.metric == table.suite.metric_of(column):
                 return {
                     "value": number.value,
                     "std": number.std,
@@ -207,7 +207,7 @@ def _verdict(cell: dict[str, Any], cells: list[dict[str, Any]], table: Table) ->
         return (cell["status"] if cell["status"] in ("failed", "diverged") else "missing"), f"no finished run has {metric}"
     if table.smoke:
         return "smoke only", "a smoke run says that it works, not how well"
-    if cell["n"] < 2:
+    if ours["n"] < 2:
         lost = sum(run["status"] == "diverged" for run in cell["runs"])
         if lost > 1:
             return "diverged", f"{lost} of {len(cell['runs'])} seeds diverged"
@@ -219,7 +219,9 @@ def _verdict(cell: dict[str, Any], cells: list[dict[str, Any]], table: Table) ->
         allowed = max(2 * error, said["tolerance"])
         return ("match" if abs(cell["difference"]) <= allowed else "off"), f"difference {cell['difference']:+.4g}, allowed {allowed:.3g}"
     against = [
-        c for c in cells if c is not cell and c["column"] == cell["column"] and c["published"] and c["n"] > 1 and metric in c["metrics"]
+        c
+        for c in cells
+        if c is not cell and c["column"] == cell["column"] and c["published"] and metric in c["metrics"] and c["metrics"][metric]["n"] > 1
     ]
     if not against:
         return "", "no other cell of this column to order it with"
@@ -313,9 +315,9 @@ def _over_columns(
 
 
 def _curve(plot: Plot, done: list[Run]) -> list[dict[str, float | None]]:
-    """Mean and deviation over the seeds at the steps that all of them logged."""
+    """Mean and deviation over the seeds at the steps that all of them logged, a few hundred of them."""
     curves = [{line["step"]: line for line in run.curve(plot.y)} for run in done]
-    steps = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
+    steps = runs.thinned(sorted(set.intersection(*(set(c) for c in curves)))) if curves else []
     axis = AXES.get(plot.x, plot.x)
     points: list[dict[str, float | None]] = []
     for step in steps:

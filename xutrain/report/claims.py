@@ -86,7 +86,8 @@ def _part(claim: Claim, column: str, cells: dict[tuple[str, str], CellRuns], sui
     if other is not None and right is not None and claim.left.metric is None and other.metric is None:
         gone = _diverged(claim, left, right, suite.better)
         if gone == "fail" or (gone == "pass" and len(seeds) < 2):
-            return {**part, "verdict": gone, "n": len(left), "why": _who_diverged({claim.left.row: left, other.row: right})}
+            names = [s.row if claim.left.row != other.row else f"{s.row}/{s.column or column}" for s in (claim.left, other)]
+            return {**part, "verdict": gone, "n": len(left), "why": _who_diverged(dict(zip(names, (left, right), strict=True)))}
     if not seeds:
         return {**part, "verdict": "missing"}
     gaps = [ours[s] - theirs[s] for s in seeds]
@@ -106,9 +107,14 @@ def _part(claim: Claim, column: str, cells: dict[tuple[str, str], CellRuns], sui
 
 
 def _diverged(claim: Claim, left: CellRuns, right: CellRuns, better: str) -> str:
-    """``pass`` where the side that should be behind diverged in two seeds at least and the other in none; ``fail`` the other way."""
+    """``pass`` where the side that should be behind diverged in two seeds at least and the other in none; ``fail`` the other way.
+
+    An equality fails where one side diverged more often than the other.
+    """
     ahead, behind = (left, right) if (claim.op.startswith(">")) == (better == "higher") else (right, left)
     lost = [sum(run.status == "diverged" for run in side.values()) for side in (ahead, behind)]
+    if claim.op == "==":
+        return "fail" if lost[0] != lost[1] else ""
     return "fail" if lost[0] > lost[1] else "pass" if lost[1] > 1 and not lost[0] and len(ahead) > 1 else ""
 
 

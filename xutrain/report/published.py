@@ -11,7 +11,7 @@ from pydantic import Field
 from xutrain.errors import Issue, RecipeError
 from xutrain.recipe import catalog, yamlfile
 from xutrain.registry import Options
-from xutrain.report.suite import read_as
+from xutrain.report.suite import metric_fault, read_as
 
 
 class Number(Options):
@@ -110,4 +110,12 @@ def read(path: Path) -> Published:
     if not value.tables and not value.unseen:
         hint = "write `unseen: no table of the paper could be read`, or give tables"
         raise RecipeError(Issue(str(path), "has no numbers and does not say that none were seen", has_value=False, hint=hint))
+    wrong = [
+        Issue(f"{path}: claims.{key}.{where}.metric", fault, side.metric)
+        for key, claim in value.claims.items()
+        for where, side in (("left", claim.left), ("right", claim.right))
+        if isinstance(side, Side) and side.metric and (fault := metric_fault(side.metric))
+    ]
+    if wrong:
+        raise RecipeError(*wrong)
     return value

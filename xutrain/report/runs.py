@@ -62,14 +62,12 @@ class Run:
         return list(read_metrics(self.folder))
 
     def curve(self, name: str) -> list[dict[str, Any]]:
-        """The lines of one metric that carry no further tag, newest last; one a step."""
+        """All lines of one metric that carry no further tag, newest last; one a step."""
         found: dict[int, dict[str, Any]] = {}
         for line in self.lines:
             if line["name"] == name and line["value"] is not None and line.keys() <= _PLAIN:
                 found[line["step"]] = line
-        kept = [found[step] for step in sorted(found)]
-        stride = max(1, -(-len(kept) // POINTS))
-        return kept[::stride] + ([kept[-1]] if kept and (len(kept) - 1) % stride else [])
+        return [found[step] for step in sorted(found)]
 
     @cached_property
     def _named(self) -> dict[tuple[str, int], float]:
@@ -92,6 +90,12 @@ class Run:
             "xutrain": self.run.get("versions", {}).get("xutrain", ""),
             "wall_s": self.result.get("wall_s"),
         }
+
+
+def thinned(steps: list[int]) -> list[int]:
+    """Evenly chosen steps, at most about ``POINTS``; the last is always among them."""
+    stride = max(1, -(-len(steps) // POINTS))
+    return steps[::stride] + (steps[-1:] if steps and (len(steps) - 1) % stride else [])
 
 
 def read(folder: Path) -> Run:

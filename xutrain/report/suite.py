@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -222,11 +223,27 @@ def _inside(issue: Issue, prefix: str) -> Issue:
     return Issue(f"{prefix}{issue.where}".rstrip("."), issue.what, issue.value, issue.hint, issue.has_value)
 
 
+def metric_fault(name: str) -> str:
+    """What is wrong with the name of a number, empty for a right one: see ``claims.value``."""
+    kind, colon, rest = name.partition(":")
+    parts = rest.split(":")
+    if not colon or (kind == "curve_mean" and len(parts) == 1 and rest):
+        return ""
+    if kind == "reach" and len(parts) == 3 and all(parts) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", parts[1], re.IGNORECASE):
+        return ""
+    return "must be a metric, curve_mean:NAME or reach:NAME:LEVEL:AXIS"
+
+
 def _problems(suite: Suite, path: str, seeds: list[int] | None) -> list[Issue]:
     found = []
     wanted = suite.seeds if seeds is None else seeds
     if len(set(wanted)) < len(wanted):
         found.append(Issue(f"{path}: seeds", "gives a seed twice, which would count one run as two samples", wanted))
+    if any(not 0 <= seed < 2**31 for seed in wanted):
+        found.append(Issue(f"{path}: seeds", "must lie between 0 and 2^31 - 1", wanted))
+    said = [("metric", suite.metric), *(("show", m) for m in suite.show)]
+    said += [(f"columns.{key}.metric", line.metric) for key, line in suite.columns.items() if line.metric]
+    found += [Issue(f"{path}: {where}", fault, name) for where, name in said if (fault := metric_fault(name))]
     if not wanted:
         found.append(Issue(f"{path}: seeds", "is empty: there is nothing to run", wanted))
     for name, lines in (("rows", suite.rows), ("columns", suite.columns)):

@@ -115,3 +115,25 @@ def test_another_layout_is_another_draw(name: str) -> None:
     new.lay(second)
     payload = used.encode(v, KEY)
     assert torch.equal(payload.data, new.encode(v, KEY).data) and torch.equal(used.decode(payload), new.decode(payload))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("scaled_sign", {"scope": "tensor"}),
+        ("top_k", {"ratio": 2}),
+        ("random_k", {"ratio": 2}),
+        ("low_rank", {}),
+        ("random_block", {"ratio": 2}),
+    ],
+)
+def test_a_tensor_without_elements_changes_nothing(name: str, options: dict[str, Any]) -> None:
+    full = [Slice("a", (2, 3), 0, 6), Slice("b", (5,), 6, 11)]
+    more = [full[0], Slice("e", (0,), 6, 6), Slice("m", (0, 4), 6, 6), full[1]]
+    plain, codec = make(name, **options), make(name, **options)
+    plain.lay(full)
+    codec.lay(more)
+    v = draw("gauss", 11)
+    one, other = plain.encode(v, xutrain.key()), codec.encode(v, xutrain.key())
+    assert torch.equal(one.data, other.data) and other.bits == codec.payload_bits(11)
+    assert torch.equal(plain.decode(one), codec.decode(other))

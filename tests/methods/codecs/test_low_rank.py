@@ -72,6 +72,14 @@ def test_a_message_of_zeros_does_not_silence_the_tensor() -> None:
     assert float(made.factors["weight"].norm(dim=0).min()) == pytest.approx(1.0)
 
 
+def test_factors_of_another_rank_are_not_gone_on_with() -> None:
+    made, other = codec(2), codec(3)
+    v = matrix(3, 0).reshape(-1)
+    send(made, [v])
+    other.load_state(made.state())
+    assert (send(other, [v], 1)[0] - v).norm() <= 1e-4 * v.norm()
+
+
 def test_power_iteration_finds_the_largest_direction() -> None:
     """Warm started on one matrix, the error tends to what the singular value decomposition leaves."""
     v = matrix(20, 3)

@@ -44,6 +44,13 @@ def test_mean_of_many_draws(name: str, options: dict[str, Any]) -> None:
     assert float(variance.sum()) == pytest.approx(codec.expected_error(v))
 
 
+@pytest.mark.parametrize(("name", "options"), [("qsgd", {"norm": "l2"}), ("qsgd", {}), ("terngrad", {}), ("k_orq", {"levels": 4})], ids=str)
+def test_what_is_clipped_is_in_the_expected_error(name: str, options: dict[str, Any]) -> None:
+    codec, v = make(name, bucket=16, clip=1.0, **options), draw("t3", 48)
+    error = (draws_of(codec, v, 400) - v).square().mean(0).sum()
+    assert float(error) == pytest.approx(codec.expected_error(v), rel=0.1)
+
+
 def test_bingrad_pb_is_unbiased_inside_only() -> None:
     codec, v, n = make("bingrad_pb", bucket=64), draw("gauss", 64), 4000
     b = float(codec.levels(v)[0, 1])

@@ -86,9 +86,9 @@ class Codec:
         self.layout = layout
 
     def tensors(self, length: int) -> Sequence[Slice]:
-        """The tensors of a vector of ``length`` elements."""
+        """The tensors of a vector of ``length`` elements, but for those that hold none."""
         whole = bool(self.layout) and self.layout[-1].stop == length
-        return self.layout if whole else [Slice("", (length,), 0, length)] if length else []
+        return [part for part in self.layout if part.numel] if whole else [Slice("", (length,), 0, length)] if length else []
 
     def state(self) -> dict[str, Tensor]:
         """What the codec carries from one exchange to the next, equal on all workers; most carry nothing."""

@@ -122,7 +122,7 @@ class LowRank(Codec):
 
     def _start(self, p: Matrix, key: Key, like: Tensor) -> Tensor:
         known = self.factors.get(p.name)
-        if known is not None:
+        if known is not None and known.shape == (p.columns, p.rank):  # another run's, which this one goes on from, may have another rank
             return known.to(like)
         generator = key.fold(stream=f"q/{p.name}", step=0 if self.options.warm_start else key.step, worker=0).generator()
         return torch.randn(p.columns, p.rank, generator=generator).to(like)

@@ -124,13 +124,13 @@ def look_up(levels: Tensor, symbols: Tensor, out: Tensor) -> None:
         np.take(levels.numpy().reshape(-1), index, out=out.numpy(), mode="clip")
 
 
-def moments(rows: Tensor, levels: Tensor) -> tuple[float, float]:
-    """Squared bias and variance of random rounding, summed over all elements in float64.
+def moments(rows: Tensor, kept: Tensor, levels: Tensor) -> tuple[float, float]:
+    """Squared bias and variance of randomly rounding ``kept``, what clipping left of ``rows``, summed over all elements in float64.
 
-    The variance of an element is (b_k+1 - v)(v - b_k); the bias is what clipping to the outer levels removes.
+    The variance of an element is (b_k+1 - v)(v - b_k); the bias is what the clipping and the outer levels cut off.
     """
     v, b = rows.double(), levels.double()
-    w = v.clamp(b[:, :1], b[:, -1:])
+    w = kept.double().clamp(b[:, :1], b[:, -1:])
     cell = (torch.searchsorted(b.contiguous(), w.contiguous(), right=True) - 1).clamp(0, b.shape[1] - 2)
     below, above = b.gather(1, cell), b.gather(1, cell + 1)
     return float((v - w).square().sum()), float(((above - w) * (w - below)).sum())

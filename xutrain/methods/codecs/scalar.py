@@ -191,7 +191,9 @@ class ScalarCodec(Codec):
             return float((self.decode(self.encode(vector)).double() - vector.double()).square().sum()), 0.0
         levels, bias, variance = self.levels(vector), 0.0, 0.0
         for block in self._blocks(vector):
-            b, s = moments(vector[block.start : block.stop].view(-1, block.width), levels[block.first : block.last])
+            b, s = moments(
+                vector[block.start : block.stop].view(-1, block.width), self._rows(vector, block), levels[block.first : block.last]
+            )
             bias, variance = bias + b, variance + s
         return bias, variance
 

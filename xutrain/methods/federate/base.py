@@ -339,6 +339,10 @@ class FederatedMethod:
         model: Tensor = server["model"]
         return model
 
+    def received(self, state: State, plan: Plan) -> Tensor:
+        """The flat model that a client has in hand when ``plan`` arrives; a search asks for its validation loss."""
+        return plan.tensors["model"]
+
     def committee(self, server: State) -> Committee | None:
         """The models and the rule that choose for a sample; None where ``served`` says it all."""
         return None

@@ -77,9 +77,12 @@ class Partial(FederatedMethod):
         y[self.own(y) == 0] = body
         return y
 
+    def received(self, state: State, plan: Plan) -> Tensor:
+        return self.full(state, plan.tensors["model"])
+
     def step(self, state: State, plan: Plan, problem: Problem) -> Reply:
         body = plan.tensors["model"]
-        y = self.train(state, plan, problem, self.full(state, body))
+        y = self.train(state, plan, problem, self.received(state, plan))
         state["own"] = y
         return Reply({"model": self.shared(y) - body})
 

@@ -9,7 +9,7 @@ Nothing is sent before a pull, so a round here is the gradient steps between two
 Its mean is (1 - q)/q; ``pull_chance`` null takes q = 1/(P + 1), P local steps on average. SoftPull is the deterministic
 sibling, with c = 1 - rho. The mean counts every client once.
 
-Limits: strength 0 is local training; c = 1 is FedAvg with equal weights; a c above 1 is refused.
+Limits: strength 0 is local training; c = 1 is FedAvg with equal weights; a c above 1 is refused, one of a drawn eta (a search) is 1.
 """
 
 from __future__ import annotations
@@ -53,10 +53,13 @@ class L2GD(FederatedMethod):
         """q."""
         return float(self.options.pull_chance or 1 / (steps + 1))
 
-    def pull(self, lr: float, steps: float) -> float:
+    def pull(self, lr: float, q: float) -> float:
+        """c."""
+        return float(lr * (1 - q) * self.options.strength / q)
+
+    def sound_pull(self, lr: float, q: float) -> float:
         """c; refuses one above 1, which overshoots the mean."""
-        q = self.chance(steps)
-        c = lr * (1 - q) * self.options.strength / q
+        c = self.pull(lr, q)
         if c > 1:
             most = q / (lr * (1 - q))
             raise RecipeError(
@@ -65,13 +68,14 @@ class L2GD(FederatedMethod):
         return c
 
     def server_state(self, model: Tensor) -> State:
-        return {"model": model.clone(), "pull": 0.0}
+        return {"model": model.clone(), "pull": 0.0, "chance": 0.5}
 
     def configure(self, server: State, round: Round) -> Round:
         """Draws how many gradient steps come before the next pull; the same for all clients."""
-        server["pull"] = self.pull(round.lr, round.mean_steps)
+        server["chance"] = q = self.chance(round.mean_steps)
+        server["pull"] = self.sound_pull(round.lr, q)
         u = float(Key(self.federation.seed, "l2gd", round.index).uniform(1)[0])
-        drawn = int(math.log(max(1 - u, 1e-12)) / math.log(1 - self.chance(round.mean_steps)))
+        drawn = int(math.log(max(1 - u, 1e-12)) / math.log(1 - q))
         return replace(round, steps=(drawn,) * len(round.steps))
 
     def step(self, state: State, plan: Plan, problem: Problem) -> Reply:
@@ -89,7 +93,7 @@ class L2GD(FederatedMethod):
 
     def plan(self, server: State, round: Round, client: int, exchange: int = 0) -> Plan:
         plan = super().plan(server, round, client, exchange)
-        plan.knobs["pull"] = server["pull"]
+        plan.knobs["pull"] = min(1.0, self.pull(round.lr, server["chance"]))  # an agent may have drawn another eta since ``configure``
         return plan
 
     def merge(self, server: State, round: Round, replies: Iterable[Reply], exchange: int = 0) -> None:

@@ -112,6 +112,9 @@ class SoftPull(Pulling):
         plan.tensors = {"personal": server["personal"][client]}
         return plan
 
+    def received(self, state: State, plan: Plan) -> Tensor:
+        return plan.tensors["personal"]
+
     def step(self, state: State, plan: Plan, problem: Problem) -> Reply:
         return Reply({"personal": descend(problem, plan.tensors["personal"], plan, memory_of(self.federation, state, "personal"))})
 

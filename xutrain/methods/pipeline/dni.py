@@ -43,7 +43,7 @@ class DNI(PipelineMethod):
     def prepare(self, stage: Stage, output: Tensor) -> None:
         if stage.last:
             return
-        if output.dim() == 2 and len(output) == 1:
+        if output.dim() in (2, 4) and output.numel() == output.shape[1]:  # one sample of one pixel
             what = "the synthesizers of flat activations normalise over a batch of at least 2 samples"
             raise RecipeError(Issue("train.batch_size", what, len(output), "train.batch_size=2"))
         with torch.random.fork_rng(devices=[]):

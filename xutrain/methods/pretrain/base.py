@@ -58,7 +58,7 @@ class LocalSteps(WithFeedback):
     def __init__(self, options: Any, setup: Setup) -> None:
         super().__init__(options, setup)
         self.points = [self.x.clone() for _ in setup.workers.hosted]
-        self.bases = [base_optimizer(setup.optimizer, setup.layout) for _ in setup.workers.hosted]  # type: ignore[arg-type]
+        self.bases = [base_optimizer(setup.optimizer, setup.layout, self.x) for _ in setup.workers.hosted]  # type: ignore[arg-type]
         self.rates: list[float] = []
         self.skipped = 0
         self.ratio = float("nan")
@@ -103,7 +103,7 @@ class LocalSteps(WithFeedback):
         messages = [self.x - theta for theta in self.points]
         if self.divided and gamma > 0:
             messages = [message.div_(gamma) for message in messages]
-        if self._refuse_round(messages, gamma):
+        if self._refuse_round(messages, possible=gamma > 0 or not self.divided):
             return
         number = (step + 1) // self.options.local_steps - 1
         before = self.x.clone()
@@ -139,22 +139,25 @@ class LocalSteps(WithFeedback):
             pieces.append(part)
         return self.owners.share(pieces, "model")
 
-    def _refuse_round(self, messages: list[Tensor], gamma: float) -> bool:
-        """Go back to x_t for all where a worker's message is not finite, or where the method divides by gamma and gamma is 0."""
+    def _refuse_round(self, messages: list[Tensor], *, possible: bool = True) -> bool:
+        """Go back to x_t for all where a worker's message is not finite, or where there can be no step: gamma is 0 and divides it."""
         bad = [not bool(torch.isfinite(message).all()) for message in messages]
-        if not self.setup.workers.any(any(bad)) and (gamma > 0 or not self.divided):
+        if not self.setup.workers.any(any(bad)) and possible:
             return False
         for slot, theta in enumerate(self.points):
             theta.copy_(self.x)
             if bad[slot]:  # its moments hold what broke it
-                self.bases[slot] = base_optimizer(self.setup.optimizer, self.setup.layout)  # type: ignore[arg-type]
+                self.bases[slot] = base_optimizer(self.setup.optimizer, self.setup.layout, self.x)  # type: ignore[arg-type]
         self.skipped += 1
         return True
 
     def _average(self, step: int) -> None:
         """Steps left over by the last full round end in a plain average of the workers, without a global step."""
         key = self.setup.ctx.key("last average", step)
-        result = self.setup.exchange.mean([self.x - theta for theta in self.points], key, "last average")
+        messages = [self.x - theta for theta in self.points]
+        if self._refuse_round(messages):
+            return
+        result = self.setup.exchange.mean(messages, key, "last average")
         self.x.sub_(result.mean)
         for theta in self.points:
             theta.copy_(self.x)

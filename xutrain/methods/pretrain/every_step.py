@@ -35,7 +35,7 @@ class EveryStep(WithFeedback):
 
     def __init__(self, options: Any, setup: Setup) -> None:
         super().__init__(options, setup)
-        self.base = base_optimizer(setup.optimizer, setup.layout)  # type: ignore[arg-type]
+        self.base = base_optimizer(setup.optimizer, setup.layout, self.x)  # type: ignore[arg-type]
 
     def step(self, grads: list[Tensor], lr: float, step: int) -> None:
         self.add_left_out(grads)

@@ -66,10 +66,11 @@ def input_sums(forward: Forward, layer: Layer, hidden: Tensor) -> dict[str, Tens
     with _listening(modules, heard):
         for start in starts[forward.workers.rank * share : (forward.workers.rank + 1) * share]:
             layer.attend(hidden[start : start + forward.batch], forward.rotary(hidden))
-    found = {}
+    found, wide = {}, torch.promote_types(hidden.dtype, torch.float32)
     for name, module in modules.items():
-        parts = torch.stack(heard[name]) if heard[name] else torch.empty(0, module.in_features, device=hidden.device)
-        found[name] = torch.cat(forward.workers.gather([parts.float()])).sum(0)
+        none = torch.empty(0, module.in_features, dtype=wide, device=hidden.device)
+        parts = torch.stack(heard[name]) if heard[name] else none
+        found[name] = torch.cat(forward.workers.gather([parts])).sum(0)
     return found
 
 

@@ -156,7 +156,7 @@ class WeightMethod:
 
     def linear_mask(self, weight: Tensor, sums: Tensor, pattern: Pattern, key: Key) -> Tensor:
         """Mask of a matrix outside the experts, with no router weight: Wanda's score from s_j = sum_t z_tj^2 of its input."""
-        return self.mask((weight * sums.to(weight).sqrt()).abs_(), pattern)
+        return self.mask((weight * sums.sqrt()).abs_(), pattern)  # as wide as the sums: bfloat16 scores would tie
 
     def cut(self, expert: Expert, sums: Mapping[str, Tensor], pattern: Pattern, key: Key) -> Cut:
         """Masks (and changed weights) for one expert from its sums. ``key`` feeds the methods that draw at random."""

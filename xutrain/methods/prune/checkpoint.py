@@ -322,7 +322,7 @@ class _Run:
                 stored = self.forward.stored(layer, e)
                 expert = self.forward.computing(stored)
                 sums, tokens, counted = self.reader.expert(layer, e)
-                on = {k: v.to(expert.gate) for k, v in sums.items()}
+                on = {k: v.to(self.forward.device) for k, v in sums.items()}  # in their own dtype, as they were summed
                 cut, fallback = decide(self.method, expert, on, counted, self.pattern, Key(self.seed, "prune", layer, e))
                 self.write(layer, e, store(cut, stored), cut.masks)
                 rows.append(Row(layer, e, tokens, None, fallback, share_dropped(cut.masks), None))

@@ -141,13 +141,16 @@ def operations(arch: Architecture, method: WeightMethod | ExpertMethod, tokens: 
     """Floating-point operations of one calibration and pruning."""
     d, f, sparse = arch.hidden, arch.ffn, len(arch.pruned_layers)
     slots = tokens * arch.top_k * sparse
-    total = 2.0 * arch.expert_parameters * slots * (2 + (2 if rescale else 0))
+    o = method.options
+    every = isinstance(method, NAEE) or getattr(o, "all_tokens", False) or getattr(o, "gate", None) == "all_tokens"
+    seen = tokens * arch.experts * sparse if every else slots  # tokens that each expert is calibrated with
+    total = 2.0 * arch.expert_parameters * (seen + slots + (2 * seen if rescale else 0))
     total += arch.layers * (2.0 * Shape.of(arch).attention * tokens + 2.0 * d * length * tokens)
     kind = getattr(method, "statistics", None)
     if kind is PathMoments:
-        total += slots * 4.0 * d * f
+        total += seen * 4.0 * d * f
     if kind is Hessians:
-        total += slots * 2.0 * (d * d + f * f) + arch.experts * sparse * (4.0 * (2 * d**3 + f**3) + 4.0 * d * f * (d + f))
+        total += seen * 2.0 * (d * d + f * f) + arch.experts * sparse * (4.0 * (2 * d**3 + f**3) + 4.0 * d * f * (d + f))
     return total
 
 

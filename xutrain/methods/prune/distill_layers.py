@@ -135,20 +135,20 @@ class _Run:
         rows: list[dict[str, Any]] = []
 
         def expert(e: int) -> Tensor:
-            tokens, dense = Tokens(*routing.routed(e)), self.forward.read(index, e)
+            tokens, dense = Tokens(*routing.routed(e)), self.forward.stored(index, e)
             rows.append(self.expert(index, e, dense, x[tokens.index]))
-            return gated_output(dense, x, tokens, self.forward.chunk)
+            return gated_output(self.forward.computing(dense), x, tokens, self.forward.chunk)
 
         self.forward.add_experts(hidden, routing, expert)
         return sorted((row for block in self.workers.objects([rows]) for row in block), key=lambda row: row["expert"])
 
     def expert(self, layer: int, e: int, dense: Expert, x: Tensor) -> dict[str, Any]:
-        """Distil and write one expert on its tokens x (t, d)."""
+        """Distil and write one expert on its tokens x (t, d); ``dense`` as stored. Both experts compute in float32 at least."""
         names = {role: self.arch.expert_name(layer, e, role) for role in ROLES}
         stored = {role: self.student.read(name) for role, name in names.items()}
         masks = read_masks(self.masks, layer, e, {role: m.shape[1] for role, m in stored.items()})
-        wide = torch.promote_types(dense.gate.dtype, torch.float32)
-        start = Expert(*(stored[role].to(x.device, wide) for role in ROLES))
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        dense, start = (Expert(*(one[role].to(x) for role in ROLES)) for one in (vars(dense), stored))
         before = error(dense, start, x, self.forward.chunk)
         row: dict[str, Any] = {"layer": layer, "expert": e, "tokens": len(x), "before": before, "after": before}
         if len(x) and before > 0:
@@ -156,7 +156,7 @@ class _Run:
             on = {role: mask.to(x.device) for role, mask in masks.items()}
             trained = train(dense, start, on, x, self.options, size, Key(self.seed, "distill/layers", layer, e).generator())
             rounded = {role: trained.matrix(role).to("cpu", DTYPES[self.student.entry(names[role]).dtype]) for role in ROLES}
-            row["after"] = error(dense, Expert(*(rounded[role].to(x.device, wide) for role in ROLES)), x, self.forward.chunk)
+            row["after"] = error(dense, Expert(*(rounded[role].to(x) for role in ROLES)), x, self.forward.chunk)
             if row["after"] < before:
                 stored = rounded
             else:
@@ -170,7 +170,7 @@ def error(dense: Expert, pruned: Expert, x: Tensor, chunk: int) -> float:
     """Mean over tokens and outputs of (E_dense(x) - E_pruned(x))^2; 0 without tokens."""
     total = 0.0
     for part in x.split(chunk) if len(x) else ():
-        total += float((dense(part).to(pruned.gate.dtype) - pruned(part.to(pruned.gate.dtype))).double().square().sum())
+        total += float((dense(part) - pruned(part)).double().square().sum())
     return total / max(1, x.numel())
 
 
@@ -182,9 +182,9 @@ def train(dense: Expert, start: Expert, masks: dict[str, Tensor], x: Tensor, opt
         for group in optimizer.param_groups:
             group["lr"] = rate(options, step)
         z = x[torch.randint(len(x), (size,), generator=generator).to(x.device)]
-        target = dense(z).to(start.gate.dtype)
+        target = dense(z)
         with torch.enable_grad():
-            F.mse_loss(Expert(*weights.values())(z.to(start.gate.dtype)), target).backward()
+            F.mse_loss(Expert(*weights.values())(z), target).backward()
         for role, weight in weights.items():
             assert weight.grad is not None
             weight.grad.mul_(masks[role])

@@ -206,7 +206,8 @@ def _run(
         copy_companions(source.folder, target.folder)
         file = target.folder / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
-        counts = {k: method.keep for k in ("num_local_experts", "num_experts", "n_routed_experts") if k in config}
+        own = str(arch.family.experts)  # written also where the config leaves it to the family's default
+        counts = {k: method.keep for k in ("num_local_experts", "num_experts", "n_routed_experts") if k in config or k == own}
         write_aside(file, (json.dumps({**config, **counts}, indent=2) + "\n").encode())
         target.write_index()
         journal.finish({**known, "experts": [], "layers": layers})

@@ -134,8 +134,9 @@ def prune_expert(
 
 
 def decide(method: WeightMethod, expert: Expert, sums: Mapping[str, Tensor], tokens: int, pattern: Pattern, key: Key) -> tuple[Cut, bool]:
-    """The cut, and whether too few tokens forced the fallback: scores of zero would drop the first columns."""
-    if tokens < method.min_tokens:
+    """The cut, and whether too few tokens, or a sum that is zero everywhere (router weights too small to be squared), forced the
+    fallback: scores of zero would drop the first columns."""
+    if tokens < method.min_tokens or not all(bool(s.any()) for s in sums.values()):
         return magnitude_cut(expert, pattern), True
     return method.cut(expert, sums, pattern, key), False
 

@@ -81,8 +81,8 @@ def skip_thresholds(forward: Forward, tokens: Tensor) -> list[float]:
 
 
 def perplexity(losses: Tensor) -> float:
-    """exp of the mean window loss: each window's mean loss counts equally (Wanda's code)."""
-    return math.exp(min(700.0, float(losses.mean())))
+    """exp of the mean window loss: each window's mean loss counts equally (Wanda's code). NaN where a loss is."""
+    return math.exp(min(float(losses.mean()), 700.0))  # in this order: min keeps a NaN that comes first
 
 
 @torch.no_grad()

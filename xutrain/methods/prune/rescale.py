@@ -38,7 +38,8 @@ class RowScales:
     def alpha(self, role: str) -> Tensor:
         """One factor per output row, (rows,)."""
         top, bottom = self.sums[role]
-        return torch.where(bottom > 0, top / bottom.clamp_min(1e-30), 1.0).clamp(LOWEST, HIGHEST)
+        seen = bottom > 0
+        return torch.where(seen, top / torch.where(seen, bottom, 1.0), 1.0).clamp(LOWEST, HIGHEST)
 
     def cut(self, cut: Cut) -> Cut:
         """The same masks with rescaled weights; unchanged where too few tokens were seen."""

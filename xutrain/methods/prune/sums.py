@@ -1,8 +1,8 @@
 """Calibration sums on disk, so that another sparsity or pattern is cut without running the calibration again.
 
-One safetensors file a layer with the vectors ``<expert>.<x|h>`` and token counts (routed, and counted by the method): 19 MB for
-Mixtral-8x7B. Sums taken with ``propagate: dense`` do not depend on what was cut; sums taken with ``propagate: pruned`` belong to
-the sparsity they saw.
+One safetensors file a layer with the vectors ``<expert>.<x|h>`` (or what else ``Statistics.state`` names) and token counts (routed,
+and counted by the method): 19 MB for Mixtral-8x7B. Sums taken with ``propagate: dense`` do not depend on what was cut; sums taken
+with ``propagate: pruned`` belong to the sparsity they saw.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class SumsReader:
     def expert(self, layer: int, expert: int) -> tuple[dict[str, Tensor], int, int]:
         """The sums of one expert, the tokens routed to it, and those that the method counted."""
         source = Source(self.folder / f"layer-{layer:04d}")
-        sums = {key: source.read(f"{expert}.{key}") for key in ("x", "h")}
-        tokens, counted = source.read(f"{expert}.tokens").tolist()
+        mine = {name.removeprefix(f"{expert}."): source.read(name) for name in source.entries if name.startswith(f"{expert}.")}
+        tokens, counted = mine.pop("tokens").tolist()
         source.close()
-        return sums, tokens, counted
+        return mine, tokens, counted

@@ -50,7 +50,7 @@ def zero_shot(folder: Path, tasks: list[str], device: str, *, task_folder: str |
         hint = "the folder needs its tokenizer; lm-eval's own tasks need their data in the Hugging Face cache or a network"
         raise DataError(Issue("evaluation.tasks", f"lm-eval failed: {reason}", tasks, hint)) from None
     results = found["results"]
-    if without := [t for t in tasks if "acc,none" not in results[t]]:
-        raise DataError(Issue("evaluation.tasks", "has no metric acc", without, "choose tasks that report acc"))
+    if without := [t for t in tasks if "acc,none" not in results.get(t, {})]:
+        raise DataError(Issue("evaluation.tasks", "has no metric acc", without, "choose single tasks that report acc"))
     scores = {f"accuracy_{task}": float(results[task]["acc,none"]) for task in tasks}
     return {**scores, "accuracy": sum(scores.values()) / len(scores)}

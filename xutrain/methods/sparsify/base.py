@@ -186,6 +186,10 @@ class Feedback(DataParallel):
 
     def load_state(self, shared: dict[str, Any], worker: Callable[[int], dict[str, Any]]) -> None:
         super().load_state(shared, worker)
-        self.lr, self.server = shared["lr"], shared["server"]
+        self.lr, left = shared["lr"], shared["server"]
         states = [worker(w) for w in self.setup.workers.hosted]
         self.error, self.velocity, self.work = ([s[name] for s in states] for name in ("error", "velocity", "work"))
+        if left is not None and self.server is not None:
+            self.server = left
+        elif left is not None:  # another run's server went before: what it left out is the workers' now, and y stays
+            self.error = [error + left for error in self.error]

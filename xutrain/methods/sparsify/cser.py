@@ -54,7 +54,11 @@ class CSER(DataParallel):
 
     @classmethod
     def unsound(cls, recipe: Any, codec: Codec) -> list[Issue]:
-        return no_feedback_over_shards(recipe, codec)
+        found, step = no_feedback_over_shards(recipe, codec), recipe.method.step_codec
+        if step is not None and registry.load("codec", step.name)(step, workers=recipe.workers).expands:
+            what = "leaves a residual larger than the vector itself, by which the workers drift apart"
+            found.append(Issue("method.step_codec", what, step.name, "set method.step_codec=null, or method.step_codec=scaled_sign"))
+        return found
 
     def notes(self) -> list[str]:
         return not_contractive(self.setup.exchange.codec)

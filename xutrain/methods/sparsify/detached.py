@@ -91,7 +91,8 @@ class DEF(Feedback):
 
     def load_state(self, shared: dict[str, Any], worker: Any) -> None:
         super().load_state(shared, worker)
-        self.coeff, self.moments = shared["coeff"], Moments(*shared["moments"])
+        if self.adaptive:  # a number is the recipe's, which may be another run's that goes on from here
+            self.coeff, self.moments = shared["coeff"], Moments(*shared["moments"])
 
 
 @method("sparsify", "def_a", paper="2004.05298", summary="DEF evaluated at x, which is an average of y's iterates")

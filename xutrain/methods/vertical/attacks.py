@@ -31,24 +31,25 @@ def totals_attack(observed: Array, truth: Array, known: NDArray[np.int64]) -> fl
 
 
 def observed_totals(recipe: Any, data: Any, attacker: int, passes: int) -> Array:
-    """Totals less the attacker's part after each epoch of the recipe's training, from its true iterates: (n, passes, 1 or classes)."""
+    """Totals less the attacker's part after each epoch of the recipe's training in lock step: (n, passes, 1 or classes)."""
     from xutrain.methods.vertical.plan import Plan, methods_of
 
     plan = Plan.of(recipe, data)
     methods = methods_of(recipe, data, plan, list(range(plan.q)), [recipe.train.lr] * plan.q)
+    writing = [m for p, m in methods.items() if plan.backward or p in plan.active]
     columns = []
     for k in range(passes * plan.epoch):
+        if plan.table and (k == 0 or (plan.passes != "none" and k % plan.inner == 0)):
+            full = methods[plan.leader].signal(np.asarray(sum(m.contribution() for m in methods.values())), data.y)
+            for m in writing:
+                m.refer(full)
         rows = plan.rows(plan.leader, k)
         total = sum(m.contribution(rows) for m in methods.values())
         signal = methods[plan.leader].signal(np.asarray(total), data.y[rows])
-        for m in methods.values():
+        for m in writing:
             m.apply(rows, signal)
         if (k + 1) % plan.epoch == 0:
             columns.append(sum(m.contribution() for p, m in methods.items() if p != attacker))
-            if plan.table:
-                full = methods[plan.leader].signal(np.asarray(sum(m.contribution() for m in methods.values())), data.y)
-                for m in methods.values():
-                    m.refer(full)
     return np.stack([np.asarray(c).reshape(plan.n, -1) for c in columns], axis=1)
 
 

@@ -77,10 +77,11 @@ class Agent:
         """
         raise NotImplementedError
 
-    def improve(self, state: State, samples: Sequence[State], advantages: Tensor) -> None:
-        """One ascent step on psi; Adam unless an agent says otherwise."""
+    def improve(self, state: State, samples: Sequence[State], advantages: Tensor, adam: State | None = None) -> None:
+        """One ascent step on psi; Adam (its moments in ``adam``, or in the state) unless an agent says otherwise."""
         gradient = self.gradient(state, samples, advantages)
-        adam_ascent(state["params"], gradient, state["adam"], self.options.lr, self.options.beta1, self.options.beta2)
+        moments = state["adam"] if adam is None else adam
+        adam_ascent(state["params"], gradient, moments, self.options.lr, self.options.beta1, self.options.beta2)
         self.project(state)
 
     def project(self, state: State) -> None:

@@ -117,9 +117,9 @@ class Gaussian(Agent):
                     total["log_std"] += weight * (z**2 / variance - 1)
         return total
 
-    def improve(self, state: State, samples: Sequence[State], advantages: Tensor) -> None:
+    def improve(self, state: State, samples: Sequence[State], advantages: Tensor, adam: State | None = None) -> None:
         if not self.options.natural_gradient:
-            super().improve(state, samples, advantages)
+            super().improve(state, samples, advantages, adam)
             return
         mean = state["params"]["mean"]
         step = sum(w * (s["u"] - mean) for s, w in zip(samples, advantages, strict=True)) / len(samples)

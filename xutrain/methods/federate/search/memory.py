@@ -43,7 +43,7 @@ def shown_of(space: AgentSpace, sample: State, held: State, base: Round) -> dict
     parts = {
         "sample": space.shown(sample["u"], base, shares),
         "policy_mean": space.shown(mean, base, expected.tolist(), exact=True),
-        "policy_std": {**space.spread(mean, std), **{f"weight_{k}": d for k, d in enumerate(deviation.tolist())}},
+        "policy_std": {**space.spread(mean, std, base), **{f"weight_{k}": d for k, d in enumerate(deviation.tolist())}},
     }
     few = space.clients <= SHOWN
     return {f"{part}_{n}": float(v) for part, named in parts.items() for n, v in named.items() if few or not n.startswith("weight_")}

@@ -19,7 +19,7 @@ from xutrain.engine.rng import Key
 from xutrain.methods.federate.base import Reply, Round, State, clone
 from xutrain.methods.federate.search.base import Noise
 from xutrain.methods.federate.search.memory import inner_part, put_back, shown_of
-from xutrain.methods.federate.search.reinforce import adam_ascent, advantages, reward
+from xutrain.methods.federate.search.reinforce import advantages, reward
 
 if TYPE_CHECKING:
     from xutrain.methods.federate.search.searched import Searched
@@ -57,7 +57,4 @@ def roll_out(method: Searched, server: State, round: Round, replies: Sequence[Re
     if method.agent.learns and len(tried) > 1:
         adv = torch.outer(advantages(rewards, method.search.baseline), mine.to(torch.float64))
         draws: list[State] = [{"u": u, "given": {}} for u, *_ in tried]
-        gradient = method.agent.gradient(held["agent"], draws, adv)
-        step = method.agent.options
-        adam_ascent(held["agent"]["params"], gradient, held["rollout_adam"], step.lr, step.beta1, step.beta2)
-        method.agent.project(held["agent"])
+        method.agent.improve(held["agent"], draws, adv, held["rollout_adam"])

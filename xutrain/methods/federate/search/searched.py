@@ -234,8 +234,7 @@ class Searched(FederatedMethod):
     def step(self, state: State, plan: Plan, problem: Problem) -> Reply:
         numbers: dict[str, float] = {}
         if self.reports and plan.exchange == 0:
-            point = plan.tensors.get("model")
-            numbers[LOSS] = problem.evaluate(next(iter(plan.tensors.values())) if point is None else point)["loss"]
+            numbers[LOSS] = problem.evaluate(self.inner.received(state, plan))["loss"]
         if plan.exchange < self.ahead:
             state["received"] = {"tensors": plan.tensors, "numbers": plan.numbers}
             return Reply(numbers=numbers)

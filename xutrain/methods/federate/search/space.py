@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from xutrain.methods.federate.base import Round
@@ -151,15 +150,15 @@ class AgentSpace:
             shown.update({f"weight_{k}": w for k, w in zip(setting.clients, setting.weights, strict=True)})
         return shown
 
-    def spread(self, mean: Tensor, std: Tensor) -> dict[str, float]:
+    def spread(self, mean: Tensor, std: Tensor, base: Round) -> dict[str, float]:
         """Half the distance between the values at mean + std and mean - std, in the user's units: name -> value."""
         found: dict[str, float] = {}
-        softmax = torch.softmax(torch.tensor([c.middle + c.width * m for c, m in zip(self.coordinates, mean.tolist(), strict=True)
-                                              if c.key == "weights"], dtype=torch.float64), 0).tolist()  # fmt: skip
+        weights = dict(zip(base.clients, self.setting(mean, base).weights, strict=True)) if self.form and not self.dirichlet else {}
         for c, m, d in zip(self.coordinates, mean.tolist(), std.tolist(), strict=True):
             if c.key == "weights":
-                a = softmax[c.client]
-                found[c.name] = a * (1 - a) * c.width * d  # first order, the others held
+                if c.client in weights:
+                    a = weights[c.client]
+                    found[c.name] = a * (1 - a) * c.width * d  # first order, the others held
             else:
                 found[c.name] = (c.value(m + d) - c.value(m - d)) / 2
         return found
