@@ -63,7 +63,7 @@ def _render(panel: dict[str, Any], kind: str, *, ink: str, grid: str, salt: str)
     }
     with matplotlib.rc_context(style):
         from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
+        from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
         rows = -(-len(panel["series"]) // 3)
         figure = Figure(figsize=(6.4, 3.7 + 0.22 * rows), layout="constrained")
@@ -78,6 +78,10 @@ def _render(panel: dict[str, Any], kind: str, *, ink: str, grid: str, salt: str)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins="auto", steps=[1, 2, 5, 10]))
         if panel["log_y"]:
             axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            if low > 0 and high < 20 * low:  # less than a decade or so: plain numbers
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+                axes.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         if panel["x"] in _BITS and not panel["log_x"]:
             axes.xaxis.set_major_formatter(EngFormatter(unit="bit"))
         if panel["kind"] == "columns" and panel["log_x"]:  # the numbers themselves
