@@ -42,6 +42,8 @@ RUNS = {
     "pretrain/dsm": ["train.steps=60", "checkpoint.every=1", "log.every=1", "eval.every=18"],
 }
 KINDS = ("rank", "ranks", "launcher", "agent")
+#: runs that the quick tests kill, and who is killed before the launcher: every kind, in three loops of different make
+FIRST = {"quantize/orq": "rank", "pipeline/dsp": "ranks", "vertical/afsgd": "agent"}
 MARK = "XUTRAIN_TEST_MARK"
 
 
@@ -206,13 +208,16 @@ def _endure(job: Job, whole: dict[str, Any], moments: random.Random, plan: list[
     assert not [p for p in job.folder.rglob(".*") if p.suffix in (".aside", ".gone", ".before") or p.name.startswith(".run.json.")]
 
 
-@pytest.mark.parametrize("job", list(RUNS), indirect=True, ids=lambda r: r.split("/")[0])
+@pytest.mark.parametrize(
+    "job",
+    [r if r in FIRST else pytest.param(r, marks=pytest.mark.slow) for r in RUNS],
+    indirect=True,
+    ids=lambda r: r.split("/")[0],
+)
 def test_each_of_them_is_killed(job: Job, runs: Path, request: pytest.FixtureRequest) -> None:
-    """The launcher of every verb, and where a verb has a loop of its own, before it a rank, all ranks or torchrun by turns."""
+    """The launcher, and before it a rank, all ranks or torchrun. The verbs that are slow here are killed in ``test_kills.py`` as well."""
     recipe = request.node.callspec.params["job"]
-    loops = {FAMILIES[r.split("/")[0]].loop: r for r in reversed(RUNS)}
-    other = [("rank", "ranks", "agent")[list(loops.values()).index(recipe) % 3]] if recipe in loops.values() else []
-    plan = [(kind, False) for kind in (*other, "launcher")]
+    plan = [(FIRST.get(recipe, "rank"), False), ("launcher", False)]
     _endure(job, _uninterrupted(recipe, runs / "whole"), random.Random(recipe), plan)
 
 

@@ -133,6 +133,15 @@ def test_a_killed_sweep_goes_on_to_the_same_report(suite_file: Path, tmp_path: P
     assert _numbers(suite_file, killed) == _numbers(suite_file, whole)
 
 
+def test_a_run_that_diverged_has_ended(fill: Any, runs: Path, suite_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill({"fp": [0.9, 0.8], "orq3": [0.5]})
+    first = next(f for f in runs.rglob("state.json") if "levels: 3" in (f.parent / "recipe.yaml").read_text())
+    first.write_text(json.dumps({"status": "diverged", "exit_code": 4}), encoding="utf-8")
+    for flags, count in (([], 1), (["--fresh"], 4)):
+        assert run(["sweep", str(suite_file), "--out", str(runs), "--dry-run", *flags]) == 0
+        assert f"{count} of 4 runs would start" in capsys.readouterr().out
+
+
 def test_a_request_to_stop_ends_the_sweep_and_not_one_suite_of_it(suite_file: Path, tmp_path: Path) -> None:
     suite_file.write_text(suite_file.read_text().replace("train.steps: 3", "train.steps: 100000, eval.every: 5"), encoding="utf-8")
     second = tmp_path / "second.yaml"

@@ -63,7 +63,7 @@ def sweep(
         _slurm(prepared, cluster, dry_run, smoke, out, json)
         return
     if dry_run:
-        _show_plan(prepared, json)
+        _show_plan(prepared, fresh, json)
         return
     values, worst = [], 0
     count = jobs or _cores()
@@ -94,10 +94,10 @@ def sweep(
 
 def _left(table: Table, work: list[Any]) -> tuple[int, float | None]:
     """Runs that are not finished, and the CPU minutes that they take by the suite's own measure (None: it gives none)."""
-    status = {job.plan.folder: job.status for job in work}
-    missing = sum(s not in ("done", "diverged") for s in status.values())
+    ended = {job.plan.folder: job.ended for job in work}
+    missing = sum(not e for e in ended.values())
     minutes = table.suite.minutes if table.scale == "cpu" and not table.smoke else None
-    return missing, None if minutes is None else minutes * missing / max(1, len(status))
+    return missing, None if minutes is None else minutes * missing / max(1, len(ended))
 
 
 def _estimate(table: Table, work: list[Any], count: int) -> str:
@@ -138,7 +138,7 @@ def _value(table: Table, work: list[Any], results: list[dict[str, Any]], manifes
     return {"suite": table.name, "scale": table.scale, "smoke": table.smoke, "manifest": str(manifest), "counts": counts, "cells": cells}
 
 
-def _show_plan(prepared: list[tuple[Table, list[Any]]], json: bool) -> None:
+def _show_plan(prepared: list[tuple[Table, list[Any]]], fresh: bool, json: bool) -> None:
     rows = [
         {
             "suite": table.name,
@@ -158,9 +158,8 @@ def _show_plan(prepared: list[tuple[Table, list[Any]]], json: bool) -> None:
     console.table(
         ["suite", "cell", "seed", "status", "recipe", "overrides"], [[*list(r.values())[:5], " ".join(r["overrides"])] for r in rows]
     )
-    folders = {r["run"]: r["status"] for r in rows}
-    missing = sum(status != "done" for status in folders.values())
-    console.out.print(f"{missing} of {len(folders)} runs would start", markup=False)
+    ended = {job.plan.folder: job.ended and not fresh for _, work in prepared for job in work}
+    console.out.print(f"{sum(not e for e in ended.values())} of {len(ended)} runs would start", markup=False)
 
 
 def _show_tables(tables: list[Table], out: Path) -> None:
@@ -176,7 +175,7 @@ def _slurm(prepared: list[tuple[Table, list[Any]]], cluster: str | None, dry_run
     from xutrain.launch import slurm
     from xutrain.launch.sweep import write_manifest
 
-    waiting = {job.plan.folder: job.plan for _, work in prepared for job in work if job.status != "done"}
+    waiting = {job.plan.folder: job.plan for _, work in prepared for job in work if not job.ended}
     plans = list(waiting.values())  # cells that are the same run are submitted once
     if not dry_run:
         for table, work in prepared:

@@ -43,6 +43,11 @@ class Job:
     def status(self) -> str:
         return str(read_json(self.plan.folder / "state.json").get("status", "missing"))
 
+    @property
+    def ended(self) -> bool:
+        """The run has an outcome: it is recalled and not run again."""
+        return self.status in ("done", "diverged")
+
 
 def prepare(table: Table, *, out: Path, nproc: int = 1, fresh: bool = False, launcher: str | None = None) -> list[Job]:
     """The runs of a suite, first seeds first; validates every cell before ``fresh`` moves a folder.
@@ -99,7 +104,7 @@ def carry_out(jobs: list[Job], count: int, tell: Tell, *, again: bool = False) -
     for index, job in enumerate(jobs):
         if first.setdefault(job.plan.folder, index) != index:
             continue  # the same experiment in two cells
-        if job.status == "done" or (job.status == "diverged" and not again):
+        if job.ended and not (again and job.status == "diverged"):
             results[index] = _recall(job)
         else:
             todo.append(index)
